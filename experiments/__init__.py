@@ -1,0 +1,1 @@
+"""Experiments: one file each, named on the command line and imported by nobody else."""

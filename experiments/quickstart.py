@@ -1,0 +1,156 @@
+"""Trains CLIP from scratch on the bundled drawings, on a laptop's CPU.
+
+python -m vlpjax.main --config=experiments/quickstart.py --workdir=runs/quickstart
+"""
+
+from __future__ import annotations
+
+from vlpjax.config import Config, spec
+from vlpjax.data.cache import Decoded
+from vlpjax.data.pipeline import Pipeline
+from vlpjax.data.sources import TFDS, Filter
+from vlpjax.data.tokenizers import SentencePieceTokenizer
+from vlpjax.data.transforms import (
+    ColorJitter,
+    Decode,
+    DrawCaption,
+    FixedCaption,
+    Grayscale,
+    Normalize,
+    RandomAffine,
+    RandomFlip,
+    Resize,
+    Tokenize,
+)
+from vlpjax.errors import UserError
+from vlpjax.evaluators.retrieval import Retrieval
+from vlpjax.evaluators.zeroshot import ZeroShot
+from vlpjax.experiment import base_config
+from vlpjax.models.text import TextTransformer
+from vlpjax.models.vit import ViT
+from vlpjax.objectives.contrastive import InfoNCE
+from vlpjax.optim.muon import muon
+from vlpjax.optim.optimizer import Optimizer, Schedule
+
+SPLITS = ("style", "concept")
+SEEN = "noto+noto_v1+twemoji+emojione+fluent_flat+fluent_gradient"
+UNSEEN = "openmoji"  # a vendor whose drawings are never trained on
+HELD_OUT = (0,)  # the fold of concepts that the concept split never trains on
+SIZE, PATCH, LENGTH = 32, 8, 12
+
+
+def get_config(split: str = "style") -> Config:
+    if split not in SPLITS:
+        raise UserError(f"The quick start has no split {split!r}; there are {', '.join(SPLITS)}.")
+    config = base_config()
+    config.name = f"quickstart, {split} split"
+    config.duration = "1000 steps"
+    config.towers = dict(
+        image=spec(
+            ViT,
+            image_size=SIZE,
+            patch=PATCH,
+            stem="conv",
+            stem_channels=(32, 64, 128, 192),
+            stem_strides=(2, 2, 1, 2),
+            width=192,
+            depth=1,
+            heads=4,
+            pool="mean",
+            embedding=128,
+            pre_norm=False,
+            norm="rms",
+            activation="squared_relu",
+        ),
+        text=spec(
+            TextTransformer,
+            vocabulary=3000,
+            length=LENGTH,
+            width=128,
+            depth=2,
+            heads=4,
+            embedding=128,
+            norm="rms",
+            activation="squared_relu",
+        ),
+    )
+    # Several vendors draw the same concept: in one batch they are positives of one another, not negatives.
+    config.objectives = dict(clip=dict(weight=1.0, loss=spec(InfoNCE, same="label", temperature=0.04)))
+    config.data.train = spec(
+        Pipeline,
+        source=spec(Decoded, source=_source(SEEN, split, held_out=False)),
+        transforms=dict(
+            decode=spec(Decode),
+            flip=spec(RandomFlip),
+            affine=spec(RandomAffine, rotate=8.0, translate=0.05, scale=(0.85, 1.15), shear=3.0),
+            resize=spec(Resize, size=SIZE, resample="bilinear"),
+            jitter=spec(
+                ColorJitter, brightness=0.15, contrast=0.3, saturation=0.5, hue=0.05, probability=0.5
+            ),
+            grayscale=spec(Grayscale, probability=0.05),
+            caption=spec(DrawCaption, weights=(0.8, 0.2), max_parts=4),
+            tokenize=_tokenize(),
+            normalize=_normalize(),
+        ),
+        batch_size=128,
+        keep=("image", "text", "label"),
+    )
+    config.optimizer = spec(
+        Optimizer,
+        direction=spec(muon, rate=10.0),
+        learning_rate=2e-3,
+        schedule=spec(Schedule, warmup="5%"),
+        weight_decay=0.05,
+        clip_norm=1.0,
+    )
+    if split == "style":
+        config.evaluators = dict(
+            style=spec(Retrieval, data=_test(UNSEEN, split), title="held-out style"),
+            zeroshot=spec(
+                ZeroShot, data=_test(UNSEEN, split), tokenize=_tokenize(), title="zero-shot, held-out style"
+            ),
+        )
+    else:
+        config.evaluators = dict(
+            concept=spec(Retrieval, data=_test("noto", split), title="held-out concepts, known style"),
+            concept_and_style=spec(
+                Retrieval, data=_test(UNSEEN, split), title="held-out concepts, held-out style"
+            ),
+        )
+    return config
+
+
+def _source(vendors: str, split: str, *, held_out: bool) -> Config:
+    source = spec(TFDS, directory="bundled:emoji1594/1.0.0", split=vendors)
+    if split == "style":
+        return source
+    return spec(Filter, source=source, field="fold", values=HELD_OUT, exclude=not held_out)
+
+
+def _test(vendor: str, split: str) -> Config:
+    """The drawings of one vendor, each with its name, once and in order."""
+    return spec(
+        Pipeline,
+        source=_source(vendor, split, held_out=True),
+        transforms=dict(
+            decode=spec(Decode),
+            resize=spec(Resize, size=SIZE, resample="bilinear"),
+            caption=spec(FixedCaption),
+            tokenize=_tokenize(),
+            normalize=_normalize(),
+        ),
+        batch_size=256,
+        shuffle=False,
+        repeat=False,
+        keep=("image", "text"),
+    )
+
+
+def _tokenize() -> Config:
+    tokenizer = spec(SentencePieceTokenizer, path="bundled:emoji1594.spm.model")
+    return spec(Tokenize, tokenizer=tokenizer, length=LENGTH, lower=True)
+
+
+def _normalize() -> Config:
+    """White paper becomes exactly 0, so that a patch holds what is drawn and not the paper."""
+    return spec(Normalize, mean=(1.0, 1.0, 1.0), std=(1 / 3, 1 / 3, 1 / 3))

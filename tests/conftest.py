@@ -1,0 +1,73 @@
+"""What holds for all tests: eight simulated devices, one cache of compiled programs, and nothing left out.
+
+The environment is set before JAX is imported, and programs that a test starts inherit it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache"
+DEVICES = "--xla_force_host_platform_device_count"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "compiled"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+
+hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("house")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option of ``make golden``."""
+    parser.addoption(
+        "--write-golden", action="store_true", help="write tests/golden anew instead of comparing"
+    )
+
+
+@pytest.fixture
+def write_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether golden files are written instead of compared."""
+    return bool(request.config.getoption("--write-golden"))
+
+
+def left_out(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Why a test counts as left out, or nothing: it was skipped, or is expected to fail."""
+    if hasattr(report, "wasxfail"):
+        return f"marked as an expected failure: {report.wasxfail}"
+    if report.outcome == "skipped":
+        return f"skipped: {report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr}"
+    return ""
+
+
+def refuse(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turns what was left out into a failure: a check that does not run must not look like one that passed."""
+    if reason := left_out(report):
+        report.outcome = "failed"
+        report.longrepr = f"{report.nodeid} was left out ({reason}); a test here runs or is removed."
+        vars(report).pop("wasxfail", None)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Refuses skipped and xfailed tests."""
+    report = yield
+    refuse(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Refuses skipped files."""
+    report = yield
+    refuse(report)
+    return report

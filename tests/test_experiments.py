@@ -1,0 +1,151 @@
+"""Every file under experiments/: it says how to run it, builds, trains, and is what its golden file says.
+
+A golden file, tests/golden/<experiment>.<argument>.txt, holds the whole config and a line per parameter.  The
+diff of a change shows every experiment that the change touches; ``make golden`` writes the files anew.
+
+An experiment file lists the arguments that ``get_config`` takes in a constant ``SIZES`` or ``SPLITS``.  The
+argument ``paper`` stands for settings that no test machine can train: its shapes are evaluated, nothing is run.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from vlpjax.config import Config, apply_overrides, leaves, load
+from vlpjax.data.feed import feed
+from vlpjax.describe import ParameterRow, parameter_rows
+from vlpjax.rules import tree_names
+from vlpjax.run import Run
+from vlpjax.step import initial_state, make_train_step
+from vlpjax.trainer import prepare_evaluators
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+FILES = sorted(path for path in (ROOT / "experiments").rglob("*.py") if path.name != "__init__.py")
+BATCH = 16
+
+
+def arguments_of(path: Path) -> tuple[str, ...]:
+    """The arguments that an experiment file lists, read without running it; ``("",)`` if it lists none."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("SIZES", "SPLITS"):
+            return tuple(ast.literal_eval(node.value))
+    return ("",)
+
+
+EXPERIMENTS = [
+    f"{path.relative_to(ROOT)}:{argument}".rstrip(":") for path in FILES for argument in arguments_of(path)
+]
+TRAINABLE = [name for name in EXPERIMENTS if not name.endswith(":paper")]
+
+
+def config_of(experiment: str) -> Config:
+    """The config as its file writes it."""
+    return load(f"{ROOT}/{experiment}")
+
+
+def shrunk(config: Config) -> Config:
+    """The config with a batch for a small machine; towers, objectives and data stay as they are."""
+    batch_size = BATCH * config.accumulate
+    overrides = {"data.train.batch_size": batch_size, "data.train.workers": 0, "data.train.prefetch": 1}
+    return apply_overrides(config, [(path, str(value)) for path, value in overrides.items()])
+
+
+def start(run: Run) -> Any:
+    """The state before the first step, on the run's mesh."""
+    make = jax.jit(lambda batch: initial_state(run.experiment, batch), out_shardings=run.abstract[1])
+    return make({name: np.zeros((2, *x.shape[1:]), x.dtype) for name, x in run.batch_shapes.items()})
+
+
+def described(row: ParameterRow) -> str:
+    """A parameter's line in the golden file."""
+    axes = "-" if row.axes is None else ",".join(str(axis) for axis in row.axes)
+    parts = [
+        row.name,
+        f"shape={'x'.join(map(str, row.shape)) or 'scalar'}",
+        f"dtype={row.dtype}",
+        f"axes={axes}",
+    ]
+    rate = "frozen" if row.rate is None else f"{row.rate:g}"
+    return "  ".join([*parts, f"initial={row.initializer or '-'}", f"rate={rate}", f"decay={row.decay:g}"])
+
+
+def golden_text(experiment: str) -> str:
+    """What the golden file of an experiment should hold.  Fields keep their order, because it can matter."""
+    config = config_of(experiment)
+    lines = [experiment, "", *(f"{path} = {value!r}" for path, value in leaves(config)), ""]
+    rows = parameter_rows(Run.from_config(shrunk(config)))
+    return "\n".join([*lines, *map(described, rows), ""])
+
+
+def golden_path(experiment: str) -> Path:
+    """``tests/golden/contrastive.slip.small.txt`` for ``experiments/contrastive/slip.py:small``."""
+    file, _, argument = experiment.removeprefix("experiments/").partition(":")
+    stem = file.removesuffix(".py").replace("/", ".")
+    return GOLDEN / f"{'.'.join(filter(None, [stem, argument]))}.txt"
+
+
+def difference(old: str, new: str, name: str) -> Iterator[str]:
+    """The lines that differ, without the thousand that do not."""
+    return difflib.unified_diff(old.splitlines(), new.splitlines(), name, "this checkout", n=0, lineterm="")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_file_opens_with_its_command(path):
+    lines = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
+    command = f"--config={path.relative_to(ROOT)}"
+    assert any(command in line for line in lines[:5]), (
+        f"open its docstring with: python -m vlpjax.main {command}"
+    )
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_golden(experiment, write_golden):
+    path, new = golden_path(experiment), golden_text(experiment)
+    if write_golden:
+        path.write_text(new, encoding="utf-8")
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    changes = "\n".join(difference(old, new, str(path.relative_to(ROOT))))
+    if changes:
+        pytest.fail(
+            f"{changes}\n\nIf this is meant, run `make golden` and commit what it writes.", pytrace=False
+        )
+
+
+def test_every_golden_file_has_its_experiment(write_golden):
+    wanted = {golden_path(experiment) for experiment in EXPERIMENTS}
+    stale = sorted(set(GOLDEN.glob("*.txt")) - wanted)
+    if write_golden:
+        for path in stale:
+            path.unlink()
+    assert write_golden or not stale, "`make golden` removes what is left of experiments that are gone"
+
+
+@pytest.mark.parametrize("experiment", TRAINABLE)
+def test_two_steps(experiment):
+    run = Run.from_config(shrunk(config_of(experiment)))
+    assert set(prepare_evaluators(run)) == set(run.config.evaluators)
+    shardings, batch_sharding = run.abstract[1], run.layout.sharding("batch")
+    step = make_train_step(run.experiment, run.layout, shardings, batch_sharding)
+    state = start(run)
+    before = jax.device_get(state.params)
+    with feed(run.pipeline, batch_sharding, 0, 2) as batches:
+        for _, batch, report in batches:
+            assert not report.bad
+            state, metrics = step(state, batch)
+            assert np.isfinite(metrics["loss"])
+    assert int(state.step) == 2
+    moved = jax.tree.map(lambda old, new: bool(np.any(old != new)), before, jax.device_get(state.params))
+    trained = {row.name for row in parameter_rows(run) if row.rate}
+    still = [
+        name for name, changed in zip(tree_names(moved), jax.tree.leaves(moved), strict=True) if not changed
+    ]
+    assert not trained & set(still), "these have a learning rate and did not move"

@@ -1,0 +1,229 @@
+"""The step computes the same on every mesh, accumulates gradients exactly, and changes only what it should."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.tiny import (
+    BATCH,
+    STEPS,
+    NormTower,
+    Trained,
+    assert_trees_close,
+    assert_trees_equal,
+    experiment_of,
+    layout_of,
+    model_config,
+    random_batch,
+    take_steps,
+)
+from vlpjax.config import Config, spec
+from vlpjax.objectives.base import fold_name
+from vlpjax.rules import map_with_names, tree_names
+from vlpjax.state import TrainState
+from vlpjax.step import gradients, initial_state
+from vlpjax.teachers import EMA, Teacher
+
+SPLITS = [(devices, replica) for devices in (2, 4, 8) for replica in (1, 2, 4, 8) if replica <= devices]
+
+
+@pytest.fixture(scope="module")
+def one_device() -> Trained:
+    """Five steps on a single device, with dropout."""
+    return take_steps(model_config(dropout=0.1), layout_of(1), steps=5)
+
+
+@pytest.fixture(scope="module")
+def start(one_device: Trained) -> TrainState:
+    """The state before the first step, for all tests that need no other parameters."""
+    return one_device.history[0]
+
+
+def grads_of(config: Config, state: TrainState, batch: Any) -> tuple[Any, Any]:
+    """Losses and gradients of one batch on one device."""
+    experiment = experiment_of(config)
+    losses, _, grads = jax.jit(lambda state, batch: gradients(experiment, state, batch))(state, batch)
+    return losses, grads
+
+
+def first_moments(trained: Trained) -> dict[str, Any]:
+    """What Adam has after one step is the clipped gradient itself, times 0.1."""
+    state = trained.history[1].optimizer
+    pairs = zip(tree_names(state), jax.tree.leaves(state), strict=True)
+    moments = {name: leaf for name, leaf in pairs if "/mu/" in name}
+    assert len(moments) == len(jax.tree.leaves(trained.state.params))
+    return moments
+
+
+@pytest.mark.parametrize(("devices", "replica"), SPLITS)
+def test_five_steps_are_the_same_on_every_mesh(one_device: Trained, devices: int, replica: int) -> None:
+    layout = layout_of(devices, replica=replica, fsdp=devices // replica)
+    ours = take_steps(model_config(dropout=0.1), layout, steps=5, start=one_device.history[0])
+    np.testing.assert_allclose(ours.losses, one_device.losses, rtol=1e-5)
+    assert_trees_close(first_moments(ours), first_moments(one_device), rtol=1e-4, atol=1e-7)
+
+
+def test_parameters_start_the_same_on_every_mesh(one_device: Trained) -> None:
+    eight = take_steps(model_config(dropout=0.1), layout_of(8), steps=0)
+    assert_trees_close(eight.history[0].params, one_device.history[0].params, rtol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulation_without_dropout_has_the_gradient_of_the_whole_batch(
+    start: TrainState, accumulate: int
+) -> None:
+    whole, expected = grads_of(model_config(), start, random_batch())
+    parts, grads = grads_of(model_config(accumulate=accumulate), start, random_batch())
+    assert_trees_close(grads, expected, rtol=1e-4, atol=1e-6)
+    assert_trees_close(parts["clip"].value, whole["clip"].value, rtol=1e-6)
+    assert_trees_close(dict(parts["clip"].metrics), dict(whole["clip"].metrics), rtol=1e-6)
+    assert abs(float(expected["clip_logit_scale"]["value"])) > 1e-4
+    np.testing.assert_allclose(
+        grads["clip_logit_scale"]["value"], expected["clip_logit_scale"]["value"], rtol=1e-4
+    )
+
+
+def test_accumulation_with_dropout_is_one_comparison_of_features_made_with_the_same_keys(
+    start: TrainState,
+) -> None:
+    config = model_config(dropout=0.5, patch_dropout=0.5, accumulate=4)
+    experiment, batch = experiment_of(config), random_batch()
+    labels = np.concatenate(
+        [np.arange(BATCH)[micro::4] for micro in range(4)]
+    )  # rows in the order of encoding
+
+    def reference(params: Any) -> jax.Array:
+        step_key = fold_name(jax.random.fold_in(jax.random.key(config.seed), 0), "objectives")
+        features: dict[str, list[jax.Array]] = {"image": [], "text": []}
+        for micro in range(4):
+            key = fold_name(jax.random.fold_in(step_key, micro), "dropout")
+            part = {name: batch[name][micro::4] for name in features}
+
+            def encode(towers: Any, part: Any = part) -> Any:
+                return {name: towers.call(name, part[name], train=True)["embedding"] for name in part}
+
+            made = experiment.towers.apply({"params": params}, rngs={"dropout": key}, method=encode)
+            for name in features:
+                features[name].append(made[name] / jnp.linalg.norm(made[name], axis=-1, keepdims=True))
+        image, text = (jnp.concatenate(features[name])[np.argsort(labels)] for name in ("image", "text"))
+        logits = jnp.exp(params["clip_logit_scale"]["value"]) * image @ text.T
+        rows, columns = (-jnp.diag(jax.nn.log_softmax(logits, axis)) for axis in (0, 1))
+        return jnp.mean(rows + columns) / 2
+
+    losses, grads = grads_of(config, start, batch)
+    value, expected = jax.jit(jax.value_and_grad(reference))(start.params)
+    np.testing.assert_allclose(losses["clip"].value, value, rtol=1e-6)
+    assert_trees_close(grads, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_is_not_the_mean_of_small_batches(start: TrainState) -> None:
+    batch = random_batch()
+    _, exact = grads_of(model_config(accumulate=4), start, batch)
+    experiment = experiment_of(model_config())
+    one = jax.jit(lambda part: gradients(experiment, start, part)[2])
+    small = [one({name: x[micro::4] for name, x in batch.items()}) for micro in range(4)]
+    mean = jax.tree.map(lambda *parts: sum(parts) / 4, *small)
+    apart = float(optax.global_norm(jax.tree.map(jnp.subtract, mean, exact)) / optax.global_norm(exact))
+    assert apart > 0.1
+
+
+def test_frozen_parameters_keep_every_bit_and_have_no_moments(start: TrainState) -> None:
+    config = model_config()
+    config.optimizer.rate_rules = (("image/.*", None), ("text/block_.*", None), (".*", 1.0))
+    trained = take_steps(config, layout_of(1), steps=2)
+    before, after = (trained.history[index].params for index in (0, 2))
+    assert_trees_equal(after["image"], before["image"])
+    assert_trees_equal(after["text"]["block_0"], before["text"]["block_0"])
+    changed = [name for name, same in named_equal(after["text"], before["text"]) if not same]
+    assert {"token_embedding/embedding", "projection/kernel/kernel"} <= set(changed)
+    moments = [name for name in tree_names(trained.state.optimizer) if "image/" in name or "block_0" in name]
+    assert not moments
+    assert any("text/final_norm" in name for name in tree_names(trained.state.optimizer))
+
+
+def named_equal(ours: Any, theirs: Any) -> list[tuple[str, bool]]:
+    names = tree_names(ours)
+    pairs = zip(names, jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return [(name, bool(np.array_equal(left, right))) for name, left, right in pairs]
+
+
+def test_weights_decay_by_rate_and_rule_and_nothing_else_does() -> None:
+    config = model_config()
+    config.optimizer.direction = spec(optax.scale, step_size=0.0)  # nothing but decay is left of the update
+    config.optimizer.decay_rules = ((".*kernel", 1.0), ("image/position_embedding", 0.5), (".*", 0.0))
+    config.optimizer.rate_rules = (("text/.*", 0.25), (".*", 1.0))
+    trained = take_steps(config, layout_of(1))
+    # the first of two warm-up steps
+    rate, decay = config.optimizer.learning_rate * 0.5, config.optimizer.weight_decay
+
+    def expected(name: str, value: np.ndarray) -> np.ndarray:
+        factor = 1.0 if name.endswith("kernel") else 0.5 if name == "image/position_embedding" else 0.0
+        return value * (1 - rate * decay * factor * (0.25 if name.startswith("text/") else 1.0))
+
+    before, after = trained.history[0].params, trained.history[1].params
+    assert_trees_close(after, map_with_names(expected, before), rtol=3e-7, atol=0)
+    moved = {name for name, same in named_equal(after, before) if not same}
+    assert moved
+    assert all(name.endswith("kernel") or name == "image/position_embedding" for name in moved)
+
+
+def test_teachers_follow_their_formula_or_stay() -> None:
+    config = model_config()
+    config.teachers = dict(
+        moving=spec(EMA, decay=0.5),
+        rising=spec(EMA, towers=("image",), decay=0.5, final_decay=1.0),
+        still=spec(Teacher),
+    )
+    history = take_steps(config, layout_of(2), steps=3).history
+    assert_trees_equal(history[0].teachers["moving"], history[0].params)
+    for step in (1, 2, 3):
+        params, teachers, previous = history[step].params, history[step].teachers, history[step - 1].teachers
+        assert_trees_equal(teachers["still"], history[0].params)
+        assert_trees_close(
+            teachers["moving"],
+            jax.tree.map(lambda old, new: 0.5 * old + 0.5 * new, previous["moving"], params),
+            rtol=1e-5,
+        )
+        decay = 1.0 - 0.5 * 0.5 * (1 + np.cos(np.pi * step / STEPS))
+        follow = jax.tree.map(
+            lambda old, new, m=decay: m * old + (1 - m) * new, previous["rising"]["image"], params["image"]
+        )
+        assert set(teachers["rising"]) == {"image"}
+        assert_trees_close(teachers["rising"]["image"], follow, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_running_statistics_go_from_step_to_step(accumulate: int) -> None:
+    config = model_config(accumulate=accumulate)
+    config.towers.image = spec(NormTower)
+    history = take_steps(config, layout_of(2), steps=2).history
+    mean = np.zeros(16 * 16 * 3)
+    for seed in (0, 1):
+        images = random_batch(seed)["image"].reshape(BATCH, -1)
+        for micro in range(accumulate):
+            mean = 0.9 * mean + 0.1 * images[micro::accumulate].mean(axis=0)
+    np.testing.assert_allclose(history[2].statistics["image"]["norm"]["mean"], mean, rtol=1e-4, atol=1e-6)
+
+
+def test_the_learning_rate_that_is_logged_is_the_schedule() -> None:
+    trained = take_steps(model_config(), layout_of(1), steps=5)
+    cosine = [0.5 * (1 + np.cos(np.pi * (step - 2) / (STEPS - 2))) for step in (2, 3, 4)]
+    np.testing.assert_allclose(
+        [float(values["learning_rate"]) for values in trained.metrics],
+        [5e-3, 1e-2, *(1e-2 * c for c in cosine)],
+        rtol=1e-5,
+    )
+    assert int(trained.state.step) == 5
+
+
+def test_a_state_is_made_without_looking_at_the_values_of_the_batch() -> None:
+    experiment = experiment_of(model_config())
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in random_batch().items()}
+    abstract = jax.eval_shape(lambda batch: initial_state(experiment, batch), shapes)
+    assert abstract.params["image"]["class_token"].shape == (1, 1, 16)

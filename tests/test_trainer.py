@@ -1,0 +1,179 @@
+"""A run that is killed and run again ends as if nothing had happened, on any mesh and any number of processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from tests.tiny import ROOT, assert_trees_equal, command, run_command, run_config
+from vlpjax import main
+from vlpjax.checkpoint import load_params
+from vlpjax.observe.metrics import read_jsonl
+
+CONFIG = f"--config={ROOT / 'tests' / 'experiments_tiny.py'}"
+LIMIT = 240.0  # seconds that anything here may take
+
+
+def run_here(*arguments: str) -> int:
+    """The program in this process, with this process's cache of compiled programs."""
+    return main.main([f"--compilation_cache={jax.config.jax_compilation_cache_dir or ''}", *arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run on eight devices."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert run_here(CONFIG, f"--workdir={workdir}") == 0
+    return workdir
+
+
+def kill_when(workdir: Path, moment: Callable[[], bool]) -> None:
+    """Starts or continues the run in ``workdir``, and kills it at ``moment``."""
+    line, options = command(CONFIG, f"--workdir={workdir}", devices=8)
+    process = subprocess.Popen(line, **options)
+    begin = time.monotonic()
+    while not moment():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - begin < LIMIT
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def last_step(workdir: Path) -> int:
+    lines = read_jsonl(workdir / "metrics.jsonl")
+    return lines[-1]["step"] if lines else 0
+
+
+def test_a_run_writes_a_line_per_step_and_per_evaluation(finished: Path) -> None:
+    lines = read_jsonl(finished / "metrics.jsonl")
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in lines if "eval/style/image_to_text/recall@1" in line] == [6, 12]
+    assert [line["step"] for line in lines if "eval/zeroshot/top1" in line] == [12]
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    assert lines[0]["train/loss"] > lines[11]["train/loss"]
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["12", "8"]
+    assert (finished / "report.html").stat().st_size > 1000
+
+
+def test_a_run_killed_at_three_moments_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    kill_when(workdir, lambda: last_step(workdir) >= 2)  # before the first checkpoint
+    assert not (workdir / "checkpoints" / "4").exists()
+    kill_when(workdir, lambda: (workdir / "checkpoints" / "4").exists())  # right after a save
+    kill_when(workdir, lambda: last_step(workdir) >= 10)  # between saves
+    assert not (workdir / "checkpoints" / "12").exists()
+    done = run_command(CONFIG, f"--workdir={workdir}", devices=8)
+    assert done.returncode == 0, done.stderr
+    assert (workdir / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert_trees_equal(load_params(str(workdir)), load_params(str(finished)))
+    for name in ("style", "zeroshot"):
+        ours, theirs = (
+            json.loads((path / "evaluations" / f"{name}.json").read_text()) for path in (workdir, finished)
+        )
+        assert ours == theirs
+
+
+def test_a_complete_run_says_so_and_changes_nothing(
+    finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    metrics, params = (finished / "metrics.jsonl").read_bytes(), load_params(str(finished))
+    assert run_here(CONFIG, f"--workdir={finished}") == 0
+    assert "is complete (12 steps)" in "".join(capfd.readouterr())
+    assert (finished / "metrics.jsonl").read_bytes() == metrics
+    assert_trees_equal(load_params(str(finished)), params)
+
+
+def test_a_checkpoint_continues_on_another_mesh(finished: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "12")  # so the newest is step 8
+    done = run_command(
+        CONFIG, f"--workdir={workdir}", "--config.mesh.replica=2", "--config.mesh.fsdp=1", devices=2
+    )
+    assert done.returncode == 0, done.stderr
+    assert "continuing after step 8 of 12" in done.stdout + done.stderr
+    assert_same_values(workdir, finished)
+    assert (workdir / "metrics.jsonl").read_bytes() != (finished / "metrics.jsonl").read_bytes()
+
+
+def assert_same_values(ours: Path, theirs: Path) -> None:
+    """All metrics of two runs agree to five digits, except norms, which add up what rounding leaves."""
+    left, right = (read_jsonl(path / "metrics.jsonl") for path in (ours, theirs))
+    assert [list(line) for line in left] == [list(line) for line in right]
+    for mine, other in zip(left, right, strict=True):
+        for name, value in mine.items():
+            tolerance = 1e-3 if name.endswith("_norm") else 1e-5
+            np.testing.assert_allclose(
+                value, other[name], rtol=tolerance, err_msg=f"{name} at step {mine['step']}"
+            )
+
+
+def test_two_processes_train_and_evaluate_as_one(finished: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for index in range(2):
+        line, options = command(
+            CONFIG,
+            f"--workdir={workdir}",
+            f"--coordinator=127.0.0.1:{port}",
+            "--num_processes=2",
+            f"--process_id={index}",
+            devices=2,
+        )
+        processes.append(subprocess.Popen(line, **options))
+    try:
+        for process in processes:
+            told = process.communicate(timeout=LIMIT)
+            assert process.returncode == 0, told
+    finally:
+        for process in processes:
+            process.kill()
+    assert_same_values(workdir, finished)
+    assert json.loads((workdir / "environment.json").read_text())["mesh"]["fsdp"] == 4
+    evaluation: dict[str, Any] = json.loads((workdir / "evaluations" / "style.json").read_text())
+    assert evaluation["step"] == 12
+    assert evaluation["examples"]
+
+
+def test_an_evaluator_that_fails_is_a_metric_and_the_run_goes_on(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tests.tiny import Failing
+    from vlpjax import config as configs
+    from vlpjax.config import spec
+
+    config = run_config()
+    config.evaluators = dict(broken=spec(Failing, every="6 steps"))
+    monkeypatch.setattr(configs, "load", lambda _: config)
+    assert run_here(CONFIG, f"--workdir={tmp_path / 'run'}") == 0
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [(line["step"], line["eval/broken/failed"]) for line in lines if "eval/broken/failed" in line] == [
+        (6, 1),
+        (12, 1),
+    ]
+    theirs = [line for line in read_jsonl(finished / "metrics.jsonl") if "train/loss" in line]
+    assert [line for line in lines if "train/loss" in line] == theirs
+    assert "nothing to see" in "".join(capfd.readouterr())
+
+
+def test_evaluating_a_finished_run_finds_what_the_run_found(finished: Path) -> None:
+    path = finished / "evaluations" / "style.json"
+    before = json.loads(path.read_text())
+    path.unlink()
+    assert run_here(CONFIG, f"--workdir={finished}", "--mode=eval") == 0
+    assert json.loads(path.read_text())["metrics"] == pytest.approx(before["metrics"], rel=1e-6)

@@ -1,0 +1,1 @@
+"""Input: sources, transforms, tokenizers, and the step-addressed pipeline that feeds the mesh."""

@@ -1,0 +1,201 @@
+"""``--mode=describe``: what a run would be, without running it.
+
+Towers and parameters with their shardings and rules, the compiled step's FLOPs and memory, and the whole
+config.  No parameter is allocated and no data is read beyond one example.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from vlpjax.config import leaves
+from vlpjax.rules import tree_names
+from vlpjax.run import Run
+from vlpjax.state import replicated_share
+from vlpjax.step import make_train_step
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """One parameter.
+
+    Attributes:
+      name: its path.
+      shape: its size per dimension.
+      dtype: of the stored value.
+      axes: its logical axes; None where the module names none.
+      sharding: the mesh axes per dimension.
+      bytes_per_device: of the parameter itself.
+      initializer: how it starts.
+      rate: learning-rate factor; None is frozen.
+      decay: weight-decay factor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str | None, ...] | None
+    sharding: str
+    bytes_per_device: int
+    initializer: str
+    rate: float | None
+    decay: float
+
+
+def parameter_rows(run: Run) -> list[ParameterRow]:
+    """A row for every parameter of a run, in the order of their names."""
+    abstract, shardings = run.abstract
+    sample = {name: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) for name, x in run.batch_shapes.items()}
+    boxed = jax.eval_shape(run.experiment.initial_variables, sample)["params"]
+    boxes = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
+    factors = run.experiment.optimizer.factors(abstract.params)
+    rows = []
+    for name, box, leaf, sharding in zip(
+        tree_names(abstract.params),
+        boxes,
+        jax.tree.leaves(abstract.params),
+        jax.tree.leaves(shardings.params),
+        strict=True,
+    ):
+        local = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        rate, decay = factors[name]
+        rows.append(
+            ParameterRow(
+                name=name,
+                shape=leaf.shape,
+                dtype=str(leaf.dtype),
+                axes=tuple(box.names) if isinstance(box, nn.LogicallyPartitioned) else None,
+                sharding=str(tuple(sharding.spec)),
+                bytes_per_device=local,
+                initializer=getattr(box, "initializer", ""),
+                rate=rate,
+                decay=decay,
+            )
+        )
+    return rows
+
+
+def describe(config: ConfigDict) -> str:
+    """The whole description as text."""
+    run = Run.from_config(config)
+    rows = parameter_rows(run)
+    sections = [
+        _head(run),
+        _table(
+            ("parameter", "shape", "axes", "sharding", "bytes/device", "initial", "rate", "decay"),
+            [
+                (
+                    row.name,
+                    "x".join(map(str, row.shape)) or "scalar",
+                    "-" if row.axes is None else ", ".join(str(axis) for axis in row.axes),
+                    row.sharding,
+                    f"{row.bytes_per_device:,}",
+                    row.initializer,
+                    "frozen" if row.rate is None else f"{row.rate:g}",
+                    f"{row.decay:g}",
+                )
+                for row in rows
+            ],
+        ),
+        _totals(run, rows),
+        _compiled(run),
+        "config\n" + "\n".join(f"  {path} = {value!r}" for path, value in leaves(config)),
+    ]
+    return "\n\n".join(sections)
+
+
+def step_costs(run: Run) -> dict[str, float]:
+    """FLOPs of a step over all devices and bytes per device, from the compiled program.
+
+    Loops are counted once by XLA, so with ``accumulate`` above 1 the FLOPs are those of one micro-batch's turn.
+    """
+    abstract, shardings = run.abstract
+    batch_sharding = run.layout.sharding("batch")
+    step: Any = make_train_step(run.experiment, run.layout, shardings, batch_sharding)
+    compiled = step.lower(abstract, run.batch_shapes).compile()
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    return {
+        "flops": float(costs.get("flops", math.nan)) * run.layout.mesh.size,
+        "arguments": float(memory.argument_size_in_bytes),
+        "temporaries": float(memory.temp_size_in_bytes),
+        "peak": float(memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes)
+        - float(memory.alias_size_in_bytes),
+    }
+
+
+def _head(run: Run) -> str:
+    experiment, mesh = run.experiment, run.layout.mesh.shape
+    durations = experiment.durations
+    return "\n".join(
+        [
+            f"{run.config.name or 'experiment'}: {run.total_steps:,} steps of {durations.batch_size:,} examples "
+            f"({run.total_steps * durations.batch_size / (durations.examples_per_epoch or math.nan):.1f} epochs of "
+            f"{durations.examples_per_epoch:,})",
+            "mesh: " + ", ".join(f"{axis}={size}" for axis, size in mesh.items()),
+            f"compute in {experiment.compute_dtype}: {experiment.precision_reason}",
+            "objectives: "
+            + ", ".join(
+                f"{name} {type(loss).__name__} x {weight:g}"
+                for name, (weight, loss) in experiment.objectives.items()
+            ),
+            "batch: " + ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in run.batch_shapes.items()),
+        ]
+    )
+
+
+def _totals(run: Run, rows: Sequence[ParameterRow]) -> str:
+    abstract, shardings = run.abstract
+    towers: dict[str, int] = {}
+    for row in rows:
+        tower = row.name.partition("/")[0]
+        towers[tower] = towers.get(tower, 0) + math.prod(row.shape)
+    lines = [(name, f"{count:,}") for name, count in towers.items()] + [("all", f"{sum(towers.values()):,}")]
+    per_device = {
+        "parameters": _local_bytes(abstract.params, shardings.params),
+        "optimizer": _local_bytes(abstract.optimizer, shardings.optimizer),
+        "teachers": _local_bytes(abstract.teachers, shardings.teachers),
+    }
+    held = "; ".join(f"{name} {_bytes(size)}" for name, size in per_device.items())
+    share = replicated_share(abstract, shardings)
+    return f"{_table(('tower', 'parameters'), lines)}\n\nper device: {held}; {share:.2%} of the state is replicated"
+
+
+def _compiled(run: Run) -> str:
+    costs = step_costs(run)
+    return (
+        f"compiled step: {costs['flops'] / 1e9:,.2f} GFLOP over all devices "
+        f"({costs['flops'] / run.experiment.durations.batch_size / 1e6:,.1f} MFLOP an example); memory per device: "
+        f"state and batch {_bytes(costs['arguments'])}, temporaries {_bytes(costs['temporaries'])}, "
+        f"peak {_bytes(costs['peak'])}"
+    )
+
+
+def _local_bytes(abstract: Any, shardings: Any) -> float:
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True)
+    )
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,0 +1,1 @@
+"""Evaluators: what a trained model can do, measured over the mesh."""

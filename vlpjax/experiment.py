@@ -1,0 +1,197 @@
+"""``Experiment``: the pure parts of a config, built: towers, objectives, teachers, optimizer and precision.
+
+It holds no array.  The step, the planner, ``describe``, the evaluators and the tests all start from it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from vlpjax.config import TYPE, Config, build, resolve
+from vlpjax.durations import Durations
+from vlpjax.errors import UserError
+from vlpjax.models.towers import Towers
+from vlpjax.objectives.base import Context, Loss, Objective, fold_name, head_name
+from vlpjax.optim.optimizer import Optimizer
+from vlpjax.teachers import Teacher
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a step computes.
+
+    Attributes:
+      towers: backbones and heads.
+      objectives: per name, (weight, objective).
+      teachers: per name, how the teacher starts and follows.
+      optimizer: of all parameters.
+      durations: resolves durations; knows the run's total steps.
+      seed: of all randomness in the model.
+      accumulate: micro-batches per step.
+      compute_dtype: ``"float32"`` or ``"bfloat16"``, and ``precision_reason`` says why.
+    """
+
+    towers: Towers
+    objectives: Mapping[str, tuple[float, Objective]]
+    teachers: Mapping[str, Teacher]
+    optimizer: Optimizer
+    durations: Durations
+    seed: int
+    accumulate: int
+    compute_dtype: str
+    precision_reason: str
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, durations: Durations) -> Experiment:
+        """Builds the pure parts of ``config``.
+
+        Raises:
+          UserError: no objective, a head whose name collides with a tower, a batch that ``accumulate`` does
+            not divide, or whatever a part says about its own fields.
+        """
+        dtype, reason = choose_precision(config.precision)
+        modules: dict[str, nn.Module] = {
+            name: _build_module(config.towers[name], dtype) for name in config.towers
+        }
+        objectives: dict[str, tuple[float, Objective]] = {}
+        for name in config.objectives:
+            objective = build(config.objectives[name].loss)
+            objectives[name] = (float(config.objectives[name].weight), objective)
+            for head, module in objective.heads().items():
+                full = head_name(name, head)
+                if full in modules:
+                    raise UserError(
+                        f"objectives.{name} adds a head {full!r}, but a tower already has that name."
+                    )
+                modules[full] = module
+        if not objectives:
+            raise UserError("config.objectives is empty; name at least one objective.")
+        if durations.batch_size % config.accumulate:
+            raise UserError(
+                f"config.accumulate={config.accumulate} does not divide the batch of {durations.batch_size}."
+            )
+        return cls(
+            towers=Towers.of(modules),
+            objectives=objectives,
+            teachers=build(config.teachers),
+            optimizer=build(config.optimizer),
+            durations=durations,
+            seed=config.seed,
+            accumulate=config.accumulate,
+            compute_dtype=dtype,
+            precision_reason=reason,
+        )
+
+    def make_optimizer(self, params: Any) -> optax.GradientTransformation:
+        """The gradient transformation for these parameters (shapes are enough)."""
+        return self.optimizer.make(params, self.durations)
+
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Per tower name, the interval that its parameters are clipped to after every update."""
+        return {
+            head_name(name, head): interval
+            for name, (_, objective) in self.objectives.items()
+            for head, interval in objective.bounds().items()
+        }
+
+    def run_objectives(
+        self,
+        towers: Towers,
+        batch: Mapping[str, jax.Array],
+        rng: jax.Array,
+        teachers: Any,
+        states: Any,
+        step: Any,
+    ) -> dict[str, Loss]:
+        """All losses of a batch on bound towers.  Initialisation runs this very code, with no teachers yet."""
+        context = Context(student=towers, batch=batch, rng=rng, step=step, teachers=teachers)
+        return {
+            name: objective(context.of(name, states[name]))
+            for name, (_, objective) in self.objectives.items()
+        }
+
+    def initial_variables(self, batch: Mapping[str, Any]) -> Any:
+        """Parameters (with their axis names) and statistics, initialised through the objectives.
+
+        Args:
+          batch: arrays of the shapes that training sees; the batch size does not matter.
+        """
+        key = jax.random.key(self.seed)
+
+        def run(towers: Towers) -> dict[str, Loss]:
+            # While a teacher has no parameters, the student stands in for it: the shapes are the same.
+            teachers = dict.fromkeys(self.teachers, towers)
+            states = {name: objective.initial_state() for name, (_, objective) in self.objectives.items()}
+            return self.run_objectives(towers, batch, key, teachers, states, jnp.zeros((), jnp.int32))
+
+        rngs = {"params": fold_name(key, "params"), "dropout": fold_name(key, "dropout")}
+        return self.towers.init(rngs, method=run)
+
+
+def base_config() -> Config:
+    """What every experiment has, with the settings that most of them keep.
+
+    An experiment adds ``towers``, ``objectives``, ``data.train``, ``optimizer`` and ``duration``.
+    """
+    return Config(
+        name="",
+        seed=0,
+        duration="",  # of the run: steps, epochs or examples
+        precision="auto",  # or "float32", "bfloat16"
+        accumulate=1,  # micro-batches per step
+        towers={},
+        objectives={},  # name -> {weight, loss}
+        teachers={},
+        data={},
+        optimizer=None,
+        evaluators={},
+        mesh=dict(replica=1, fsdp=-1, ring=1, ulysses=1, tensor=1, expert=1),
+        mesh_rules=(),  # (expression on "platform-kind-count", {dotted leaf: value}), first match wins
+        sharding_rules={},  # logical axis -> mesh axes, over the default table
+        start=dict(run="", rules=((".*", True),)),  # parameters from another run's newest checkpoint
+        checkpoint=dict(every="10%", keep=2),
+        log=dict(every="10 steps"),
+        profile="",  # steps to trace, such as "10:15"
+    )
+
+
+def choose_precision(setting: str) -> tuple[str, str]:
+    """The compute type and why: parameters, optimizer, norms' statistics, softmax and losses stay float32.
+
+    Args:
+      setting: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
+    """
+    if setting in ("float32", "bfloat16"):
+        return setting, "config.precision asks for it"
+    if setting != "auto":
+        raise UserError(f"config.precision is {setting!r}; there are 'auto', 'float32' and 'bfloat16'.")
+    platform = jax.default_backend()
+    if platform == "cpu":
+        return "float32", "the CPU has no fast bfloat16 arithmetic"
+    return "bfloat16", f"the matrix units of {jax.devices()[0].device_kind} are built for it"
+
+
+def _build_module(node: ConfigDict, dtype: str) -> nn.Module:
+    """Builds a tower; the compute type goes to every module that has a ``dtype`` and does not set it."""
+
+    def with_dtype(item: Any) -> Any:
+        if not isinstance(item, ConfigDict):
+            return item
+        filled = {key: with_dtype(item[key]) for key in item}
+        if TYPE in item and "dtype" in inspect.signature(resolve(item[TYPE])).parameters:
+            filled["dtype"] = filled.get("dtype") or dtype
+        return ConfigDict(filled)
+
+    module = build(with_dtype(node))
+    if not isinstance(module, nn.Module):
+        raise UserError(f"{node[TYPE]} is no Flax module and cannot be a tower.")
+    return module

@@ -1,0 +1,205 @@
+"""The device mesh, and the one table that says which logical axis lies on which mesh axis.
+
+Modules name the axes of their parameters and activations (``"embed"``, ``"mlp"``, ``"batch"``); what those
+names mean on a machine is decided here.  A mesh always has all six axes, slow to fast, most of them often of
+size 1, so that no code asks which axes exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vlpjax.errors import UserError
+from vlpjax.rules import map_with_names
+
+AXES = ("replica", "fsdp", "ring", "ulysses", "tensor", "expert")
+
+# Parameters are sharded over fsdp and both sequence axes, so that sequence ranks hold no copies.
+RULES: dict[str, tuple[str, ...]] = {
+    # activations
+    "batch": ("replica", "fsdp"),  # examples, and everything that is one per example
+    "frames": ("replica", "fsdp", "ring", "ulysses"),  # images and video frames: a frame is never split
+    "sequence": ("ring", "ulysses"),  # tokens of a decoder
+    "activation": (),  # features of an activation
+    # parameters
+    "embed": ("fsdp", "ring", "ulysses"),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocabulary": ("tensor",),
+    "head_dim": (),
+    "joint": (),  # the space that towers share
+    "position": (),
+    "layers": (),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh together with the rules that place logical axes on it."""
+
+    mesh: Mesh
+    rules: Mapping[str, tuple[str, ...]]
+
+    def spec(
+        self, names: Sequence[str | None], shape: Sequence[int] | None = None, what: str = "array"
+    ) -> PartitionSpec:
+        """Where an array with these logical axes lies.
+
+        Args:
+          names: one logical axis name, or None, per dimension.
+          shape: sizes, to check that they can be divided; None skips the check.
+          what: the array's name, for messages.
+
+        Raises:
+          UserError: an unknown logical axis, two dimensions on one mesh axis, or an indivisible size.
+        """
+        entries: list[tuple[str, ...] | None] = []
+        taken: dict[str, str] = {}
+        for dimension, name in enumerate(names):
+            if name is not None and name not in self.rules:
+                raise UserError(
+                    f"{what} names the logical axis {name!r}; the sharding rules know {sorted(self.rules)}."
+                )
+            axes = tuple(axis for axis in self.rules[name] if self.mesh.shape[axis] > 1) if name else ()
+            for axis in axes:
+                if axis in taken:
+                    raise UserError(
+                        f"{what}: both {taken[axis]!r} and {name!r} lie on the mesh axis {axis!r}."
+                    )
+                taken[axis] = str(name)
+            parts = math.prod(self.mesh.shape[axis] for axis in axes)
+            if shape is not None and shape[dimension] % parts:
+                size = shape[dimension]
+                below, above = size // parts * parts, -(-size // parts) * parts
+                near = f"{below} or {above}" if below else f"{above}"
+                raise UserError(
+                    f"{what} has {size} along {name!r}, which {'x'.join(axes)}={parts} does not divide; "
+                    f"the nearest sizes that work are {near}."
+                )
+            entries.append(axes or None)
+        return PartitionSpec(*entries)
+
+    def sharding(self, *names: str | None) -> NamedSharding:
+        """The sharding of an array with these logical axes."""
+        return NamedSharding(self.mesh, self.spec(names))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def shard_parameters(self, boxed: Any) -> Any:
+        """Shardings of a tree of parameters that may carry logical axis names.
+
+        A parameter whose module names no axes (a user's plain ``nn.Dense``) is sharded along its largest
+        dimension that ``embed``'s mesh axes divide, and replicated if there is none.
+        """
+
+        def place(name: str, leaf: Any) -> NamedSharding:
+            if isinstance(leaf, nn.LogicallyPartitioned):
+                return NamedSharding(self.mesh, self.spec(leaf.names, leaf.value.shape, name))
+            return NamedSharding(self.mesh, self._largest_dimension(leaf.shape))
+
+        return map_with_names(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+    def _largest_dimension(self, shape: Sequence[int]) -> PartitionSpec:
+        axes = tuple(axis for axis in self.rules["embed"] if self.mesh.shape[axis] > 1)
+        parts = math.prod(self.mesh.shape[axis] for axis in axes)
+        fitting = [(size, -index) for index, size in enumerate(shape) if len(shape) > 1 and size % parts == 0]
+        if parts == 1 or not fitting:
+            return PartitionSpec()
+        index = -max(fitting)[1]
+        return PartitionSpec(*(axes if position == index else None for position in range(len(shape))))
+
+    @contextlib.contextmanager
+    def activate(self) -> Iterator[None]:
+        """Makes :func:`constrain` place activations on this mesh while a function is traced."""
+        token = _ACTIVE.set(self)
+        try:
+            yield
+        finally:
+            _ACTIVE.reset(token)
+
+
+_ACTIVE: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
+
+
+def constrain(array: jax.Array, *names: str | None) -> jax.Array:
+    """Pins an activation to where its logical axes lie; outside a layout it does nothing."""
+    layout = _ACTIVE.get()
+    if layout is None or layout.mesh.size == 1:
+        return array
+    return jax.lax.with_sharding_constraint(array, layout.sharding(*names))
+
+
+def make_layout(
+    sizes: Mapping[str, int],
+    rules: Mapping[str, Sequence[str]] | None = None,
+    devices: Sequence[Any] | None = None,
+) -> Layout:
+    """The mesh with these axis sizes, and the default rules with ``rules`` put over them.
+
+    Args:
+      sizes: size per axis name; axes that are not named are 1; at most one may be -1 and takes the rest.
+      rules: logical axis name -> mesh axes, replacing or adding to :data:`RULES`.
+      devices: all devices by default.
+
+    Raises:
+      UserError: an unknown axis, sizes that do not multiply out to the number of devices, or more than one -1.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    unknown = [name for name in sizes if name not in AXES]
+    if unknown:
+        raise UserError(f"config.mesh names {unknown[0]!r}; the mesh axes are {', '.join(AXES)}.")
+    shape = {axis: sizes.get(axis, 1) for axis in AXES}
+    free = [axis for axis in AXES if shape[axis] == -1]
+    fixed = math.prod(size for size in shape.values() if size != -1)
+    written = ", ".join(f"{axis}={size}" for axis, size in shape.items() if size != 1) or "all sizes 1"
+    if len(free) > 1:
+        raise UserError(f"config.mesh has {written}; only one axis can take the rest (-1).")
+    if fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
+        raise UserError(
+            f"config.mesh has {written}, but there are {len(devices)} devices; the sizes must multiply to "
+            f"{len(devices)}, and one of them may be -1 to take the rest."
+        )
+    if free:
+        shape[free[0]] = len(devices) // fixed
+    table = {**RULES, **{name: tuple(axes) for name, axes in (rules or {}).items()}}
+    for name, axes in table.items():
+        wrong = [axis for axis in axes if axis not in AXES]
+        if wrong:
+            raise UserError(
+                f"The sharding rule {name!r} names the mesh axis {wrong[0]!r}; there are {', '.join(AXES)}."
+            )
+    if devices[0].platform == "tpu" and len(devices) > 1:
+        # The physical torus decides which order makes neighbours of neighbours.
+        from jax.experimental import mesh_utils
+
+        grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices)
+    else:
+        grid = np.asarray(devices).reshape(tuple(shape.values()))
+    return Layout(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES)), table)
+
+
+def pick_rule(rules: Sequence[tuple[str, Any]], hardware: str) -> Any | None:
+    """The value of the first of ``config.mesh_rules`` whose expression matches all of ``hardware``.
+
+    ``hardware`` reads ``"tpu-TPU v5p-256"``: platform, device kind and number of devices.
+    """
+    return next((value for pattern, value in rules if re.fullmatch(pattern, hardware)), None)
+
+
+def hardware_name(devices: Sequence[Any] | None = None) -> str:
+    """``"platform-kind-count"`` of the devices, which ``config.mesh_rules`` are matched against."""
+    devices = jax.devices() if devices is None else devices
+    return f"{devices[0].platform}-{devices[0].device_kind}-{len(devices)}"

@@ -1,0 +1,1 @@
+"""Towers and their parts: pure Flax Linen modules that return every intermediate by name."""

@@ -1,0 +1,1 @@
+"""Objectives: pure functions from the features of towers to losses."""

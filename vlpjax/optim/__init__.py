@@ -1,0 +1,1 @@
+"""Optimizers as optax factories, schedules, and what is said per parameter."""

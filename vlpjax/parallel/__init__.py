@@ -1,0 +1,1 @@
+"""Attention and losses over shards of a mesh; knows no model."""

@@ -1,0 +1,115 @@
+"""``Run``: a config made ready on this machine: mesh, data, experiment, shapes and shardings.
+
+Training, evaluation and ``describe`` all begin with it.  Nothing is computed and no parameter exists yet.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlpjax.config import Config, apply_overrides, build, suggest
+from vlpjax.data.pipeline import Pipeline
+from vlpjax.durations import Durations
+from vlpjax.errors import UserError
+from vlpjax.experiment import Experiment, base_config
+from vlpjax.mesh import Layout, hardware_name, make_layout, pick_rule
+from vlpjax.state import TrainState
+from vlpjax.step import abstract_state
+
+
+@dataclass(frozen=True)
+class Run:
+    """A config made ready.
+
+    Attributes:
+      config: complete, overrides and hardware rules applied.
+      layout: the mesh and what lies where.
+      pipeline: the training data.
+      experiment: the pure parts.
+    """
+
+    config: ConfigDict
+    layout: Layout
+    pipeline: Pipeline
+    experiment: Experiment
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> Run:
+        """Builds everything that can be checked before anything is compiled."""
+        check_complete(config)
+        layout = make_layout(config.mesh, config.sharding_rules)
+        pipeline = build(config.data.train)
+        if not isinstance(pipeline, Pipeline):
+            raise UserError("config.data.train must be a spec of vlpjax.data.pipeline:Pipeline.")
+        length = Durations(pipeline.batch_size, pipeline.num_examples)
+        total = length.steps(config.duration, "config.duration")
+        if total < 1:
+            raise UserError(f"config.duration={config.duration!r} is {total} steps; a run has at least one.")
+        durations = Durations(pipeline.batch_size, pipeline.num_examples, total)
+        return cls(config, layout, pipeline, Experiment.from_config(config, durations))
+
+    @property
+    def total_steps(self) -> int:
+        total = self.experiment.durations.total_steps
+        assert total is not None
+        return total
+
+    @functools.cached_property
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and types of a global batch, found by making one example."""
+        row = self.pipeline.batch(0, rows=[0])
+        size = self.pipeline.batch_size
+        return {name: jax.ShapeDtypeStruct((size, *np.shape(x)[1:]), x.dtype) for name, x in row.items()}
+
+    @functools.cached_property
+    def abstract(self) -> tuple[TrainState, TrainState]:
+        """Shapes and shardings of the train state."""
+        return abstract_state(self.experiment, self.batch_shapes, self.layout)
+
+    def every(self, duration: str, what: str) -> int:
+        """A duration as steps, at least 1; empty never comes due."""
+        return max(1, self.experiment.durations.steps(duration, what)) if duration else 0
+
+
+def check_complete(config: ConfigDict) -> None:
+    """Raises ``UserError`` for a field that nothing reads, and for a part that must be set and is not."""
+    known = base_config()
+    _only(config, known, "config")
+    for group in ("start", "checkpoint", "log"):
+        _only(config[group], known[group], f"config.{group}")
+    for name in config.objectives:
+        _only(config.objectives[name], ("weight", "loss"), f"config.objectives.{name}")
+        for field in ("weight", "loss"):
+            if field not in config.objectives[name]:
+                raise UserError(
+                    f"config.objectives.{name}.{field} is not set; an objective is {{weight, loss}}."
+                )
+    for name in ("duration", "towers", "objectives", "optimizer"):
+        if not config.get(name):
+            raise UserError(f"config.{name} is not set; an experiment needs it.")
+    if "train" not in config.data:
+        raise UserError("config.data.train is not set; an experiment needs training data.")
+
+
+def _only(config: ConfigDict, known: Iterable[str], where: str) -> None:
+    for name in config:
+        if name not in known:
+            raise UserError(f"{where} has no field {name!r}{suggest(name, known)}.")
+
+
+def apply_mesh_rules(config: Config) -> Config:
+    """Applies the first of ``config.mesh_rules`` that matches this machine's devices.
+
+    It comes before the command line, whose overrides therefore win.
+    """
+    changes: Any = pick_rule(config.mesh_rules, hardware_name())
+    if changes is not None:
+        apply_overrides(config, [(path, str(changes[path])) for path in changes])
+    return config
