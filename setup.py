@@ -45,8 +45,7 @@ CORE = [
     "tokenizers>=0.21,<0.24",
 ]
 
-# SentencePiece 0.2.3 cannot load its model definition beside the protobuf that Beam accepts.
-BEAM = ["apache-beam>=2.77,<3", "sentencepiece<0.2.3"]
+BEAM = ["apache-beam>=2.77,<3"]
 
 EXTRAS = {
     # JAX's own wheels run on CPUs; the extra exists so that every machine is chosen in the same way.

@@ -14,10 +14,9 @@ import pathlib
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
 from vlpjax.errors import UserError
 
@@ -120,11 +119,50 @@ def train(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> bytes:
 
 
 def without_paths(model: bytes) -> bytes:
-    """Removes the name of the temporary rules file, which the trainer leaves in the model."""
-    content = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
-    content.normalizer_spec.normalization_rule_tsv = ""
-    content.normalizer_spec.name = "nfkc_casefold"
-    return content.SerializeToString(deterministic=True)
+    """Removes the name of the temporary rules file, which the trainer leaves in the model.
+
+    The bytes are edited in place: the message classes that SentencePiece ships load beside few versions of
+    protobuf only.  Field numbers are those of ``sentencepiece_model.proto``: 3 is the normalizer, in which 1
+    is its name and 6 the path of its rules.
+    """
+    return with_fields(
+        model, {3: lambda spec: with_fields(spec, {1: lambda _: b"nfkc_casefold", 6: lambda _: b""})}
+    )
+
+
+def with_fields(message: bytes, changes: Mapping[int, Callable[[bytes], bytes]]) -> bytes:
+    """A protobuf message in which the contents of some fields, by number, have been replaced."""
+    changed, position = b"", 0
+    while position < len(message):
+        start = position
+        key, position = read_varint(message, position)
+        length, position = read_varint(message, position)
+        if key & 7 != 2:  # a number, which is its own content; text and messages are of wire type 2
+            changed += message[start:position]
+            continue
+        content, position = message[position : position + length], position + length
+        content = changes.get(key >> 3, bytes)(content)
+        changed += varint(key) + varint(len(content)) + content
+    return changed
+
+
+def read_varint(message: bytes, position: int) -> tuple[int, int]:
+    """The variable-length integer at a position, and the position after it."""
+    number = shift = 0
+    while True:
+        byte = message[position]
+        number |= (byte & 127) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 128:
+            return number, position
+
+
+def varint(number: int) -> bytes:
+    """A non-negative integer in protobuf's variable-length form."""
+    more = b""
+    while number > 127:
+        more, number = more + bytes([number & 127 | 128]), number >> 7
+    return more + bytes([number])
 
 
 def check_round_trip(model: bytes, texts: Iterable[str]) -> None:

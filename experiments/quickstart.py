@@ -21,6 +21,7 @@ from vlpjax.data.transforms import (
     RandomFlip,
     Resize,
     Tokenize,
+    TranslatedName,
 )
 from vlpjax.errors import UserError
 from vlpjax.evaluators.retrieval import Retrieval
@@ -32,11 +33,14 @@ from vlpjax.objectives.contrastive import InfoNCE
 from vlpjax.optim.muon import muon
 from vlpjax.optim.optimizer import Optimizer, Schedule
 
-SPLITS = ("style", "concept")
+SPLITS = ("style", "concept", "language")
 SEEN = "noto+noto_v1+twemoji+emojione+fluent_flat+fluent_gradient"
 UNSEEN = "openmoji"  # a vendor whose drawings are never trained on
 HELD_OUT = (0,)  # the fold of concepts that the concept split never trains on
-SIZE, PATCH, LENGTH = 32, 8, 12
+# The language split: names in these languages are trained on, names in the others are only tested.
+LANGUAGES = ("en", "de", "nl", "sv", "fr", "es", "it", "ro")
+OTHER_LANGUAGES = ("pt", "no")
+SIZE, PATCH = 32, 8
 
 
 def get_config(split: str = "style") -> Config:
@@ -45,6 +49,7 @@ def get_config(split: str = "style") -> Config:
     config = base_config()
     config.name = f"quickstart, {split} split"
     config.duration = "1000 steps"
+    length = 24 if split == "language" else 12  # the tokenizer has English pieces and spells other words
     config.towers = dict(
         image=spec(
             ViT,
@@ -65,7 +70,7 @@ def get_config(split: str = "style") -> Config:
         text=spec(
             TextTransformer,
             vocabulary=3000,
-            length=LENGTH,
+            length=length,
             width=128,
             depth=2,
             heads=4,
@@ -89,7 +94,7 @@ def get_config(split: str = "style") -> Config:
             ),
             grayscale=spec(Grayscale, probability=0.05),
             caption=spec(DrawCaption, weights=(0.8, 0.2), max_parts=4),
-            tokenize=_tokenize(),
+            tokenize=_tokenize(length),
             normalize=_normalize(),
         ),
         batch_size=128,
@@ -103,18 +108,34 @@ def get_config(split: str = "style") -> Config:
         weight_decay=0.05,
         clip_norm=1.0,
     )
-    if split == "style":
+    if split == "language":
+        transforms = config.data.train.transforms
+        transforms.flip.probability = 0.0  # only English captions know their left from their right
+        transforms.caption = spec(TranslatedName, locales=LANGUAGES, out="caption")
+        for locale in ("en", *OTHER_LANGUAGES):
+            title = f"names in {locale}" + ("" if locale in LANGUAGES else ", an unseen language")
+            data = _test(UNSEEN, split, length)
+            data.transforms.caption = spec(TranslatedName, locales=(locale,), out="caption")
+            config.evaluators[f"names_{locale}"] = spec(
+                Retrieval, data=data, title=f"held-out style, {title}"
+            )
+    elif split == "style":
         config.evaluators = dict(
-            style=spec(Retrieval, data=_test(UNSEEN, split), title="held-out style"),
+            style=spec(Retrieval, data=_test(UNSEEN, split, length), title="held-out style"),
             zeroshot=spec(
-                ZeroShot, data=_test(UNSEEN, split), tokenize=_tokenize(), title="zero-shot, held-out style"
+                ZeroShot,
+                data=_test(UNSEEN, split, length),
+                tokenize=_tokenize(length),
+                title="zero-shot, held-out style",
             ),
         )
     else:
         config.evaluators = dict(
-            concept=spec(Retrieval, data=_test("noto", split), title="held-out concepts, known style"),
+            concept=spec(
+                Retrieval, data=_test("noto", split, length), title="held-out concepts, known style"
+            ),
             concept_and_style=spec(
-                Retrieval, data=_test(UNSEEN, split), title="held-out concepts, held-out style"
+                Retrieval, data=_test(UNSEEN, split, length), title="held-out concepts, held-out style"
             ),
         )
     return config
@@ -122,12 +143,12 @@ def get_config(split: str = "style") -> Config:
 
 def _source(vendors: str, split: str, *, held_out: bool) -> Config:
     source = spec(TFDS, directory="bundled:emoji1594/1.0.0", split=vendors)
-    if split == "style":
+    if split != "concept":
         return source
     return spec(Filter, source=source, field="fold", values=HELD_OUT, exclude=not held_out)
 
 
-def _test(vendor: str, split: str) -> Config:
+def _test(vendor: str, split: str, length: int) -> Config:
     """The drawings of one vendor, each with its name, once and in order."""
     return spec(
         Pipeline,
@@ -136,7 +157,7 @@ def _test(vendor: str, split: str) -> Config:
             decode=spec(Decode),
             resize=spec(Resize, size=SIZE, resample="bilinear"),
             caption=spec(FixedCaption),
-            tokenize=_tokenize(),
+            tokenize=_tokenize(length),
             normalize=_normalize(),
         ),
         batch_size=256,
@@ -146,9 +167,9 @@ def _test(vendor: str, split: str) -> Config:
     )
 
 
-def _tokenize() -> Config:
+def _tokenize(length: int) -> Config:
     tokenizer = spec(SentencePieceTokenizer, path="bundled:emoji1594.spm.model")
-    return spec(Tokenize, tokenizer=tokenizer, length=LENGTH, lower=True)
+    return spec(Tokenize, tokenizer=tokenizer, length=length, lower=True)
 
 
 def _normalize() -> Config:

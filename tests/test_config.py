@@ -153,9 +153,9 @@ def test_targets_that_cannot_be_imported_are_told() -> None:
         build(Config(type="vlpjax.config:Confg"))
 
 
-names = st.text(
-    st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=6
-).filter(lambda name: name != "type" and not name.startswith("_") and not hasattr(Config(), name))
+names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=6).filter(
+    lambda name: name != "type" and not name.startswith("_") and not hasattr(Config(), name)
+)
 scalars = (
     st.none()
     | st.booleans()

@@ -149,7 +149,7 @@ def take_steps(
 ) -> Trained:
     """Trains on random batches, without a work directory; ``start`` saves compiling the initialisation."""
     experiment = experiment_of(config, batch_size)
-    batches = [random_batch(seed, batch_size) for seed in range(steps)]
+    batches = [random_batch(seed, batch_size) for seed in range(max(steps, 1))]
     _, shardings = abstract_state(experiment, batches[0], layout)
     if start is None:
         state = jax.jit(lambda batch: initial_state(experiment, batch), out_shardings=shardings)(batches[0])
@@ -158,7 +158,7 @@ def take_steps(
     history = [on_host(state)]
     step = make_train_step(experiment, layout, shardings, layout.sharding("batch"))
     metrics = []
-    for batch in batches:
+    for batch in batches[:steps]:
         state, values = step(state, jax.device_put(batch, layout.sharding("batch")))
         metrics.append(values)
         history.append(on_host(state))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -44,9 +45,15 @@ def train(config: ConfigDict, workdir: str, command: Sequence[str] = ()) -> Trai
       UserError: whatever is wrong with the config, the data, the machine or the directory, in one sentence.
     """
     clock = Clock()
-    writes = jax.process_index() == 0
     run = Run.from_config(config)
-    lock = claim(workdir, config, write=writes)
+    # However the run ends, the directory is free afterwards.
+    with claim(workdir, config, write=jax.process_index() == 0) or contextlib.nullcontext():
+        return _train(run, workdir, command, clock)
+
+
+def _train(run: Run, workdir: str, command: Sequence[str], clock: Clock) -> TrainState:
+    """The loop itself, in a work directory that is taken."""
+    config, writes = run.config, jax.process_index() == 0
     evaluators = prepare_evaluators(run)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     state, start = restore_or_initialize(run, checkpoints, clock)
@@ -116,8 +123,6 @@ def train(config: ConfigDict, workdir: str, command: Sequence[str] = ()) -> Trai
     if writes:
         with disk_full_is_told(Path(workdir) / "report.html"):
             progress.message(f"report: {write_report(workdir)}")
-    if lock is not None:
-        lock.close()
     return state
 
 

@@ -10,7 +10,8 @@ from PIL import Image, ImageEnhance
 
 from vlpjax.data import transforms as T
 from vlpjax.data.bad import BadExample
-from vlpjax.data.transforms.images import RANDAUGMENT_OPS, WHITE, adjust_color, draw_crop, swap_directions
+from vlpjax.data.transforms.appearance import RANDAUGMENT_OPS, adjust_color
+from vlpjax.data.transforms.images import WHITE, draw_crop, swap_directions
 from vlpjax.errors import UserError
 
 
@@ -297,6 +298,16 @@ def test_weights_choose_fields_and_missing_fields_are_passed_over():
     assert only_name.random_map({"keywords": "x", "name": ""}, rng())["caption"] == "x"
     with pytest.raises(BadExample, match="none of the fields name, keywords holds a text"):
         only_name.random_map({"keywords": "|"}, rng())
+
+
+def test_a_name_is_drawn_from_the_languages_asked_for():
+    duck, rng = {"codepoints": "1f986", "name": "duck"}, np.random.default_rng(0)
+    drawn = {T.TranslatedName(("de", "pt")).random_map(duck, rng)["name"] for _ in range(40)}
+    assert drawn == {"Ente", "pato"}
+    with pytest.raises(UserError, match="'xx'"):
+        T.TranslatedName(("xx",))
+    with pytest.raises(BadExample, match="ffff"):
+        T.TranslatedName(("en",)).random_map({"codepoints": "ffff"}, rng)
 
 
 def test_the_evaluation_caption_is_fixed():

@@ -22,6 +22,8 @@ N, E = 21, 3
 RNG = np.random.default_rng(0)
 # Whole numbers make many exact ties.
 IMAGES, TEXTS = (RNG.integers(-1, 2, (N, E)).astype(np.float32) for _ in range(2))
+# No two scores of these are equal, so that rounding decides nothing.
+FEATURES = {name: RNG.normal(size=(N, E)).astype(np.float32) for name in ("image", "text")}
 NAMES = [f"name {index % 17}" for index in range(N)]  # four names are there twice
 
 
@@ -72,8 +74,8 @@ def test_features_that_say_nothing_find_nothing(value: float) -> None:
 def evaluate(devices: int, names: list[str] = NAMES, **fields: Any) -> Result:
     """The evaluator on towers that pass the features of the source on."""
     source = rows_of(
-        image=list(unit(IMAGES + 0.1).astype(np.float32)),
-        text=list(unit(TEXTS + 0.2).astype(np.float32)),
+        image=list(FEATURES["image"]),
+        text=list(FEATURES["text"]),
         name=names,
     )
     data = Pipeline(source, {}, batch_size=8, shuffle=False, repeat=False)
@@ -91,10 +93,9 @@ def evaluate(devices: int, names: list[str] = NAMES, **fields: Any) -> Result:
 def test_recall_is_the_share_of_ranks_below_k(devices: int) -> None:
     result = evaluate(devices)
     groups = np.array([NAMES.index(name) for name in NAMES])
-    # As the evaluator has them, in float32, so that ties are the same ties.
-    z = {"image": unit(IMAGES + 0.1), "text": unit(TEXTS + 0.2)}
+    z = {name: unit(x) for name, x in FEATURES.items()}
     for source, target in (("image", "text"), ("text", "image")):
-        scores = np.round(z[source] @ z[target].T, 5)
+        scores = z[source] @ z[target].T
         ranks = []
         for query in range(N):
             right = groups == groups[query]

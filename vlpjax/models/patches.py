@@ -61,11 +61,15 @@ class PatchEmbedding(nn.Module):
     def _convolve(self, images: jax.Array, train: bool) -> jax.Array:
         strides = self.strides or (2,) * int(math.log2(self.patch))
         if math.prod(strides) != self.patch:
-            raise UserError(f"ViT.stem_strides is {strides}, whose product must be the patch of {self.patch} pixels.")
+            raise UserError(
+                f"ViT.stem_strides is {strides}, whose product must be the patch of {self.patch} pixels."
+            )
         count = len(strides)
         channels = self.channels or tuple(max(self.width // 2 ** (count - step), 8) for step in range(count))
         if len(channels) != count:
-            raise UserError(f"ViT.stem_channels has {len(channels)} entries, but there are {count} strides: {strides}.")
+            raise UserError(
+                f"ViT.stem_channels has {len(channels)} entries, but there are {count} strides: {strides}."
+            )
         for step, (features, stride) in enumerate(zip(channels, strides, strict=True)):
             images = nn.Conv(
                 features,

@@ -34,11 +34,7 @@ class Towers(nn.Module):
           UserError: a name that is no identifier or that a Linen module already uses for something else.
         """
         for name in modules:
-            if (
-                not name.isidentifier()
-                or hasattr(cls, name)
-                or name in ("makers", "name", "parent", "scope")
-            ):
+            if not name.isidentifier() or hasattr(cls, name) or name in ("makers", "name", "parent", "scope"):
                 raise UserError(
                     f"{name!r} cannot name a tower; take another identifier, such as 'image' or 'text'."
                 )

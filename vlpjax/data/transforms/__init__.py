@@ -1,27 +1,29 @@
-"""Transforms of single examples: flat dicts in, flat dicts out.  See `images`, `texts` and `fields`."""
+"""Transforms of single examples: flat dicts in, flat dicts out.  See `images`, `appearance`, `texts` and `fields`."""
 
-from vlpjax.data.transforms.fields import Drop, Keep, Rename
-from vlpjax.data.transforms.images import (
-    CenterCrop,
+from vlpjax.data.transforms.appearance import (
     ColorJitter,
-    Decode,
     GaussianBlur,
     Grayscale,
     Invert,
+    RandAugment,
+    RandomErasing,
+    Solarize,
+)
+from vlpjax.data.transforms.fields import Drop, Keep, Rename
+from vlpjax.data.transforms.images import (
+    CenterCrop,
+    Decode,
     Normalize,
     Pad,
-    RandAugment,
     RandomAffine,
-    RandomErasing,
     RandomFlip,
     RandomResizedCrop,
     Resize,
-    Solarize,
 )
-from vlpjax.data.transforms.texts import DrawCaption, FixedCaption, Tokenize
+from vlpjax.data.transforms.texts import DrawCaption, FixedCaption, Tokenize, TranslatedName
 
 __all__ = [
     "CenterCrop", "ColorJitter", "Decode", "DrawCaption", "Drop", "FixedCaption", "GaussianBlur", "Grayscale",
     "Invert", "Keep", "Normalize", "Pad", "RandAugment", "RandomAffine", "RandomErasing", "RandomFlip",
-    "RandomResizedCrop", "Rename", "Resize", "Solarize", "Tokenize",
+    "RandomResizedCrop", "Rename", "Resize", "Solarize", "Tokenize", "TranslatedName",
 ]  # fmt: skip

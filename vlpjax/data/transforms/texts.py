@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import itertools
+import json
+import lzma
 from typing import Any
 
 import numpy as np
 from grain import transforms as grain_transforms
 
 from vlpjax.data.bad import BadExample
+from vlpjax.data.paths import resolve_path
 from vlpjax.data.transforms.fields import Example, require
 from vlpjax.errors import UserError
 
@@ -94,6 +98,51 @@ class FixedCaption(grain_transforms.Map):
 
     def map(self, element: Example) -> Example:
         return {**element, self.out: self.template.replace("{}", require(element, self.field, str))}
+
+
+@dataclasses.dataclass(frozen=True)
+class TranslatedName(grain_transforms.RandomMap):
+    """The example's name in one of several languages, drawn evenly from those that have one.
+
+    Attributes:
+      locales: such as ("en", "de"); one makes the transform deterministic.
+      path: an xz-compressed JSON file ``{"codepoints": [...], "names": {locale: [name or null, ...]}}``.
+      key: the field of the example that is looked up in ``codepoints``.
+      out: where the name is put.
+    """
+
+    locales: tuple[str, ...]
+    path: str = "bundled:emoji1594/names.json.xz"
+    key: str = "codepoints"
+    out: str = "name"
+
+    def __post_init__(self) -> None:
+        if not self.locales:
+            raise UserError("TranslatedName.locales is empty; it names the languages to draw from")
+        known = _translations(self.path)[1]
+        unknown = [locale for locale in self.locales if locale not in known]
+        if unknown:
+            raise UserError(
+                f"TranslatedName.locales names {unknown[0]!r}; {self.path} has {', '.join(sorted(known))}"
+            )
+
+    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
+        rows, names = _translations(self.path)
+        key = require(element, self.key, str)
+        if key not in rows:
+            raise BadExample(f"{self.path} knows no {self.key} {key!r}")
+        found = [name for locale in self.locales if (name := names[locale][rows[key]])]
+        if not found:
+            raise BadExample(f"{key!r} has no name in {', '.join(self.locales)}")
+        return {**element, self.out: found[int(rng.random() * len(found))]}
+
+
+@functools.lru_cache(maxsize=4)
+def _translations(path: str) -> tuple[dict[str, int], dict[str, list[str | None]]]:
+    """Row of every key, and per locale the names by row."""
+    with lzma.open(resolve_path(path), "rt", encoding="utf-8") as file:
+        stored = json.load(file)
+    return {key: row for row, key in enumerate(stored["codepoints"])}, stored["names"]
 
 
 @dataclasses.dataclass(frozen=True)
