@@ -17,11 +17,13 @@ from vlpjax.data.transforms import (
     FixedCaption,
     Grayscale,
     Normalize,
+    Outline,
     RandomAffine,
     RandomFlip,
     Resize,
     Tokenize,
     TranslatedName,
+    Trim,
 )
 from vlpjax.errors import UserError
 from vlpjax.evaluators.retrieval import Retrieval
@@ -48,7 +50,7 @@ def get_config(split: str = "style") -> Config:
         raise UserError(f"The quick start has no split {split!r}; there are {', '.join(SPLITS)}.")
     config = base_config()
     config.name = f"quickstart, {split} split"
-    config.duration = "1000 steps"
+    config.duration = "1200 steps"
     length = 24 if split == "language" else 12  # the tokenizer has English pieces and spells other words
     config.towers = dict(
         image=spec(
@@ -63,6 +65,7 @@ def get_config(split: str = "style") -> Config:
             heads=4,
             pool="mean",
             embedding=128,
+            patch_dropout=0.5,
             pre_norm=False,
             norm="rms",
             activation="squared_relu",
@@ -86,13 +89,15 @@ def get_config(split: str = "style") -> Config:
         source=spec(Decoded, source=_source(SEEN, split, held_out=False)),
         transforms=dict(
             decode=spec(Decode),
+            trim=spec(Trim),
             flip=spec(RandomFlip),
             affine=spec(RandomAffine, rotate=8.0, translate=0.05, scale=(0.85, 1.15), shear=3.0),
             resize=spec(Resize, size=SIZE, resample="bilinear"),
+            outline=spec(Outline, probability=0.3),
             jitter=spec(
-                ColorJitter, brightness=0.15, contrast=0.3, saturation=0.5, hue=0.05, probability=0.5
+                ColorJitter, brightness=0.15, contrast=0.3, saturation=0.5, hue=0.075, probability=0.8
             ),
-            grayscale=spec(Grayscale, probability=0.05),
+            grayscale=spec(Grayscale, probability=0.12),
             caption=spec(DrawCaption, weights=(0.8, 0.2), max_parts=4),
             tokenize=_tokenize(length),
             normalize=_normalize(),
@@ -155,6 +160,7 @@ def _test(vendor: str, split: str, length: int) -> Config:
         source=_source(vendor, split, held_out=True),
         transforms=dict(
             decode=spec(Decode),
+            trim=spec(Trim),
             resize=spec(Resize, size=SIZE, resample="bilinear"),
             caption=spec(FixedCaption),
             tokenize=_tokenize(length),

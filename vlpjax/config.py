@@ -44,7 +44,8 @@ class Config(ConfigDict):
     """A ``ConfigDict`` that keeps the order in which its fields were written, at every depth."""
 
     def __init__(self, fields: Mapping[str, Any] | None = None, **more: Any):
-        super().__init__(sort_keys=False, allow_dotted_keys=True)  # keys may be leaves' paths
+        # Types are checked against the described class, when a config is built; keys may be leaves' paths.
+        super().__init__(sort_keys=False, allow_dotted_keys=True, type_safe=False)
         for key, value in {**(fields or {}), **more}.items():
             self[key] = value
 
@@ -202,8 +203,7 @@ def apply_overrides(config: Config, overrides: Sequence[tuple[str, str]]) -> Con
             continue
         hint = _type_hints(resolve(parent[TYPE])).get(key, Any) if TYPE in parent else Any
         value = _parse(text, current, hint, f"config.{dotted}")
-        with parent.ignore_type():
-            parent[key] = value
+        parent[key] = value
     return config
 
 

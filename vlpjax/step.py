@@ -20,7 +20,7 @@ from vlpjax.experiment import Experiment
 from vlpjax.mesh import Layout
 from vlpjax.models.towers import Towers
 from vlpjax.objectives.base import BatchCoupled, Context, Loss, fold_name
-from vlpjax.rules import map_with_names
+from vlpjax.rules import map_with_names, tree_names
 from vlpjax.state import TrainState, state_shardings
 
 Batch = Mapping[str, jax.Array]
@@ -97,7 +97,7 @@ def train_step(
     schedule = experiment.optimizer.schedule.make(experiment.durations)
     metrics = {
         "loss": _weighted(experiment, losses),
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.global_norm(_trained(experiment, grads)),
         "update_norm": optax.global_norm(updates),
         "learning_rate": experiment.optimizer.learning_rate * schedule(state.step.astype(jnp.float32)),
     }
@@ -249,6 +249,13 @@ def _apply(
 
 def _weighted(experiment: Experiment, losses: Mapping[str, Loss]) -> jax.Array:
     return sum((experiment.objectives[name][0] * loss.value for name, loss in losses.items()), jnp.zeros(()))
+
+
+def _trained(experiment: Experiment, grads: Any) -> list[jax.Array]:
+    """The gradients of the parameters that are not frozen, which are what the optimizer clips."""
+    factors = experiment.optimizer.factors(grads)
+    named = zip(tree_names(grads), jax.tree.leaves(grads), strict=True)
+    return [grad for name, grad in named if factors[name][0] is not None]
 
 
 def _clip(params: Any, bounds: Mapping[str, tuple[float, float]]) -> Any:

@@ -300,6 +300,34 @@ def test_weights_choose_fields_and_missing_fields_are_passed_over():
         only_name.random_map({"keywords": "|"}, rng())
 
 
+def test_an_outline_is_drawn_where_the_colour_changes_and_nowhere_else():
+    image = Image.new("RGB", (32, 32), WHITE)
+    image.paste((250, 200, 40), (8, 8, 24, 24))
+    outline = T.Outline(thick=0.0, probability=1.0)
+    inked = np.asarray(outline.random_map({"image": image}, np.random.default_rng(0))["image"])
+    changed = np.argwhere((inked != np.asarray(image)).any(-1))
+    assert set(changed[:, 0]) | set(changed[:, 1]) == set(range(7, 24))
+    assert (inked[7, 8:24].max(axis=-1) < 60).all()  # the upper edge is dark
+    assert (inked[9:22, 9:22] == (250, 200, 40)).all()
+    assert T.Outline(probability=0.0).random_map({"image": image}, np.random.default_rng(0))["image"] is image
+
+
+def test_trimming_leaves_the_same_margin_whatever_margin_there_was():
+    def drawing(margin: int) -> Image.Image:
+        image = Image.new("RGB", (64, 64), WHITE)
+        image.paste((200, 30, 30), (margin, margin, 64 - margin, 64 - margin))
+        return image
+
+    wide, narrow = (np.asarray(T.Trim(margin=0.1).map({"image": drawing(m)})["image"]) for m in (20, 4))
+    rows = [np.flatnonzero(image.min(axis=(1, 2)) < 128) for image in (wide, narrow)]
+    assert abs(rows[0][0] - rows[1][0]) <= 1
+    assert 4 <= rows[1][0] <= 6  # a tenth of the drawing on each side of it: 64 / 12
+    blank = Image.new("RGB", (64, 64), WHITE)
+    assert T.Trim().map({"image": blank})["image"] is blank
+    with pytest.raises(UserError, match="threshold=0"):
+        T.Trim(threshold=0)
+
+
 def test_a_name_is_drawn_from_the_languages_asked_for():
     duck, rng = {"codepoints": "1f986", "name": "duck"}, np.random.default_rng(0)
     drawn = {T.TranslatedName(("de", "pt")).random_map(duck, rng)["name"] for _ in range(40)}

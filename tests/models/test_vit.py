@@ -139,7 +139,8 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters() -> None:
         (dict(patch=5), ["16x16", "5"]),
         (dict(stem="convolution"), ["'convolution'", "'linear'", "'conv'"]),
         (dict(activation="swish"), ["'swish'", "gelu"]),
-        (dict(stem="conv", image_size=12, patch=6), ["power of two", "6"]),
+        (dict(stem="conv", image_size=12, patch=6), ["(2, 2)", "6"]),
+        (dict(stem="conv", stem_channels=(8,)), ["1 entries", "(2, 2)"]),
     ],
 )
 def test_what_does_not_work_is_told(fields: dict[str, Any], parts: list[str]) -> None:

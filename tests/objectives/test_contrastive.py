@@ -162,7 +162,7 @@ def test_the_scale_is_clipped_after_every_update(max_scale: float, initial: floa
     config.objectives.clip.loss = spec(InfoNCE, temperature=initial, max_scale=max_scale)
     config.optimizer.direction = spec(optax.scale, step_size=1.0)
     config.optimizer.clip_norm = None
-    config.optimizer.learning_rate = 1e3  # far outside, on either side
+    config.optimizer.learning_rate = 1e7  # far outside, on either side
     history = take_steps(config, layout_of(1)).history
     before, after = (float(history[step].params["clip_logit_scale"]["value"]) for step in (0, 1))
     np.testing.assert_allclose(before, -np.log(initial), atol=1e-6)

@@ -5,6 +5,7 @@ from vlpjax.data.transforms.appearance import (
     GaussianBlur,
     Grayscale,
     Invert,
+    Outline,
     RandAugment,
     RandomErasing,
     Solarize,
@@ -19,11 +20,12 @@ from vlpjax.data.transforms.images import (
     RandomFlip,
     RandomResizedCrop,
     Resize,
+    Trim,
 )
 from vlpjax.data.transforms.texts import DrawCaption, FixedCaption, Tokenize, TranslatedName
 
 __all__ = [
     "CenterCrop", "ColorJitter", "Decode", "DrawCaption", "Drop", "FixedCaption", "GaussianBlur", "Grayscale",
-    "Invert", "Keep", "Normalize", "Pad", "RandAugment", "RandomAffine", "RandomErasing", "RandomFlip",
-    "RandomResizedCrop", "Rename", "Resize", "Solarize", "Tokenize", "TranslatedName",
+    "Invert", "Keep", "Normalize", "Outline", "Pad", "RandAugment", "RandomAffine", "RandomErasing", "RandomFlip",
+    "RandomResizedCrop", "Rename", "Resize", "Solarize", "Tokenize", "TranslatedName", "Trim",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from grain import transforms as grain_transforms
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from vlpjax.data.bad import BadExample
 from vlpjax.data.transforms.fields import Example, require
@@ -190,6 +190,53 @@ class Resize(grain_transforms.Map):
         else:
             resized = ImageOps.pad(image, (width, height), resample, color=self.fill)
         return {**element, self.field: resized}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trim(grain_transforms.Map):
+    """Cuts a drawing on white out along its bounding box, centred in a square of the image's longer side.
+
+    Collections of drawings differ in the margin that they leave; what is left of it after this is `margin`.
+    An image without anything on it stays as it is.
+
+    Attributes:
+      margin: of white on each side, as a fraction of the drawing's longer side.
+      threshold: a pixel counts as drawn if its darkest channel is this far from white, 1 to 255.
+    """
+
+    margin: float = 0.03
+    threshold: int = 16
+    field: str = "image"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.threshold <= 255 or self.margin < 0:
+            raise UserError(
+                f"Trim has margin={self.margin} and threshold={self.threshold}; the margin is 0 or more, and the "
+                "threshold 1 to 255"
+            )
+
+    def map(self, element: Example) -> Example:
+        image = _image(element, self.field)
+        red, green, blue = image.split()
+        darkest = ImageChops.darker(ImageChops.darker(red, green), blue)
+        box = darkest.point(_drawn(self.threshold)).getbbox()
+        if box is None:
+            return element
+        left, top, right, bottom = box
+        half = max(right - left, bottom - top) * (0.5 + self.margin)
+        across, down = (left + right) / 2, (top + bottom) / 2
+        square = (across - half, down - half, across + half, down + half)
+        side = max(image.size)
+        trimmed = image.transform(
+            (side, side), Image.Transform.EXTENT, square, Image.Resampling.BICUBIC, fillcolor=WHITE
+        )
+        return {**element, self.field: trimmed}
+
+
+@functools.lru_cache(maxsize=8)
+def _drawn(threshold: int) -> list[int]:
+    """The table that maps what is far enough from white to 255, and the rest to 0."""
+    return [255 if 255 - value >= threshold else 0 for value in range(256)]
 
 
 @dataclasses.dataclass(frozen=True)
