@@ -21,7 +21,8 @@ HELP = """python -m vlpjax.main --config=FILE[:ARGUMENT] --workdir=DIR [--mode=M
   --mode=train               train, evaluate, write report.html (the default)
   --mode=eval                evaluate the newest checkpoint in --workdir
   --mode=describe            print towers, parameters, shardings, FLOPs, memory and the whole config; no training
-  --compilation_cache=DIR    where compiled programs are kept between runs (default: a folder in ~/.cache);
+  --compilation_cache=DIR    where compiled programs are kept between runs (default:
+                             $JAX_COMPILATION_CACHE_DIR, or a folder in ~/.cache);
                              empty turns it off
   --coordinator=HOST:PORT --num_processes=N --process_id=I
                              start one of several processes (not needed where JAX detects the cluster: pass
@@ -114,9 +115,8 @@ def _start(flags: dict[str, str]) -> None:
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.WARNING)
-    default = os.path.join(
-        os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "vlpjax", "compiled"
-    )
+    caches = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+    default = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "vlpjax", "compiled"))
     cache = flags.get("compilation_cache", default)
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
