@@ -177,7 +177,9 @@ def _work_items(args: argparse.Namespace) -> list[tuple[Any, ...]]:
     if args.tars is not None:
         from apache_beam.io.filesystems import FileSystems
 
-        patterns = [name for pattern in args.tars.split() for name in expand_braces(resolve_path(pattern))]
+        written = [name for pattern in args.tars.split() for name in expand_braces(resolve_path(pattern))]
+        # Beam finds nothing for a local pattern that names no folder.
+        patterns = [name if "://" in name else os.path.abspath(name) for name in written]
         items = []
         for pattern, match in zip(patterns, FileSystems.match(patterns), strict=True):
             found = sorted(metadata.path for metadata in match.metadata_list)

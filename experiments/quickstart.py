@@ -36,6 +36,13 @@ from vlpjax.optim.muon import muon
 from vlpjax.optim.optimizer import Optimizer, Schedule
 
 SPLITS = ("style", "concept", "language")
+SYSTEM = dict(
+    system="CLIP",
+    paper="Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020",
+    here="InfoNCE over a convolutional-stem ViT and a causal text transformer, trained with Muon",
+    published="ViT-B/32 on LAION-400M: 62.9 % zero-shot ImageNet (open_clip)",
+    measured="held-out style, R@1 among 1,594: see above (`make quickstart`)",
+)
 SEEN = "noto+noto_v1+twemoji+emojione+fluent_flat+fluent_gradient"
 UNSEEN = "openmoji"  # a vendor whose drawings are never trained on
 HELD_OUT = (0,)  # the fold of concepts that the concept split never trains on

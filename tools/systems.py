@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # experiments import vlpjax, which need not be installed
 BEGIN, END = "<!-- systems: made by tools/systems.py -->", "<!-- /systems -->"
 COLUMNS = ("system", "paper", "here", "published", "measured")
 
