@@ -35,6 +35,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # parameters
     "embed": ("fsdp", "ring", "ulysses"),
     "heads": ("tensor",),
+    "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocabulary": ("tensor",),
     "head_dim": (),

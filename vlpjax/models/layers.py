@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.errors import UserError
-from vlpjax.parallel.attention import Interval, attention
+from vlpjax.models.positions import Rotation, rotate
+from vlpjax.parallel.attention import Interval, attend
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -87,32 +88,98 @@ def dense(
     )
 
 
+NORMS = ("layer", "rms", "rms_offset")
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square of the features; statistics in float32, no mean, no bias.
+
+    Attributes:
+      epsilon: under the root.
+      offset: what the learned scale is relative to.  With 0 it starts at 1 and multiplies (arXiv 1910.07467;
+        Llama); with 1 it starts at 0 and multiplies as ``1 + scale`` (Gemma), so that weight decay pulls towards
+        the identity.
+      dtype: of the result; None keeps the type of the input.
+    """
+
+    epsilon: float = 1e-6
+    offset: float = 0.0
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "*leading width"]) -> Float[Array, "*leading width"]:
+        initial = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", named(initial, "activation"), (tokens.shape[-1],))
+        x = tokens.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * (self.offset + scale)).astype(self.dtype or tokens.dtype)
+
+
 def norm(name: str, kind: str = "layer", dtype: Any = None, epsilon: float = 1e-6) -> nn.Module:
     """LayerNorm or RMSNorm over features: statistics in float32, replicated parameters.
 
     Args:
-      kind: ``"layer"``, or ``"rms"`` ("Root Mean Square Layer Normalization", arXiv 1910.07467: no mean, no bias).
+      kind: ``"layer"``; ``"rms"`` ("Root Mean Square Layer Normalization", arXiv 1910.07467); or
+        ``"rms_offset"``, which learns the difference of the scale from 1 (Gemma, arXiv 2403.08295).
     """
-    scale = named(nn.initializers.ones, "activation")
     if kind == "layer":
-        bias = named(nn.initializers.zeros, "activation")
+        scale, bias = named(nn.initializers.ones, "activation"), named(nn.initializers.zeros, "activation")
         return nn.LayerNorm(epsilon=epsilon, dtype=dtype, scale_init=scale, bias_init=bias, name=name)
-    if kind == "rms":
-        return nn.RMSNorm(epsilon=epsilon, dtype=dtype, scale_init=scale, name=name)
-    raise UserError(f"norm is {kind!r}; there are 'layer' and 'rms'.")
+    if kind in ("rms", "rms_offset"):
+        return RMSNorm(epsilon=epsilon, offset=float(kind == "rms_offset"), dtype=dtype, name=name)
+    raise UserError(f"norm is {kind!r}; there are {', '.join(map(repr, NORMS))}.")
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of the tokens that a decoder has seen, one layer's or (stacked) all layers'."""
+
+    key: Float[Array, "*layers batch slots kv_heads head_dim"]
+    value: Float[Array, "*layers batch slots kv_heads head_dim"]
+
+    def write(self, key: jax.Array, value: jax.Array, start: jax.Array) -> KeyValues:
+        """Puts new tokens into the slots from ``start`` (a scalar, the same for all rows) on."""
+        at = (0, start, 0, 0)
+        return KeyValues(
+            jax.lax.dynamic_update_slice(self.key, key.astype(self.key.dtype), at),
+            jax.lax.dynamic_update_slice(self.value, value.astype(self.value.dtype), at),
+        )
+
+
+class Mixed(NamedTuple):
+    """What attention and blocks return: new tokens, and what was asked for beside them."""
+
+    tokens: Float[Array, "batch tokens width"]
+    weights: Float[Array, "batch heads tokens keys"] | None = None
+    cache: KeyValues | None = None
 
 
 class Attention(nn.Module):
     """Multi-head attention of ``tokens`` to themselves, or to ``memory``.
 
     Attributes:
-      heads: number of heads; must divide the width.
+      heads: of the queries.
+      kv_heads: of keys and values, a divisor of ``heads``; None is as many ("GQA", arXiv 2305.13245).
+      head_dim: width of a head; None is ``width / heads``.
+      bias: of the query, key and value projections; ``out_bias`` of the output's.
+      qk_norm: kind of norm on each head's queries and keys ("Scaling Vision Transformers to 22 Billion
+        Parameters", arXiv 2302.05442), or None.
+      scale: of the logits; None is ``head_dim ** -0.5``.
+      soft_cap: of the logits ("Gemma 2", arXiv 2408.00118), or None.
       depth: blocks in the tower, for the scale of the output projection's initial values.
+      epsilon: of ``qk_norm``.
       dtype: compute type; parameters are float32.
     """
 
     heads: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    bias: bool = True
+    out_bias: bool = True
+    qk_norm: str | None = None
+    scale: float | None = None
+    soft_cap: float | None = None
     depth: int = 1
+    epsilon: float = 1e-6
     dtype: Any = None
 
     @nn.compact
@@ -120,60 +187,143 @@ class Attention(nn.Module):
         self,
         tokens: Float[Array, "batch tokens width"],
         interval: Interval | None = None,
-        memory: Float[Array, "batch memory width"] | None = None,
-    ) -> Float[Array, "batch tokens width"]:
+        memory: Float[Array, "batch memory memory_width"] | None = None,
+        *,
+        mask: Bool[Array, "#batch tokens keys"] | None = None,
+        bias: Float[Array, "#batch heads tokens keys"] | None = None,
+        rotation: Rotation | None = None,
+        cache: KeyValues | None = None,
+        start: Int[Array, ""] | int = 0,
+        weights: bool = False,
+    ) -> Mixed:
+        """Attends.
+
+        Args:
+          interval, mask, bias: as in :func:`vlpjax.parallel.attention.attend`.  With a cache, key indices are
+            the cache's slots.
+          memory: what keys and values are made of; None is ``tokens``.
+          rotation: rotary positions of the tokens; queries and keys turn.
+          cache: slots that the new keys and values are written into, from ``start`` on; all slots are attended
+            to as far as the masks let them.
+          weights: also return the softmax.
+
+        Raises:
+          UserError: heads that do not divide.
+        """
         width = tokens.shape[-1]
-        if width % self.heads:
+        kv_heads = self.kv_heads or self.heads
+        if self.head_dim is None and width % self.heads:
             raise UserError(f"width {width} is not a multiple of heads={self.heads}.")
+        if self.heads % kv_heads:
+            raise UserError(f"heads={self.heads} is not a multiple of kv_heads={kv_heads}.")
+        head_dim = self.head_dim or width // self.heads
         memory = tokens if memory is None else memory
-        head = (self.heads, width // self.heads)
 
-        def project(name: str, x: jax.Array) -> jax.Array:
-            axes = ("embed", "heads", "head_dim")
-            return dense(head, axes, stddev=width**-0.5, name=name, dtype=self.dtype)(x)  # [B, N, H, D]
+        def project(name: str, x: jax.Array, heads: int) -> jax.Array:
+            axes = ("embed", "heads" if heads == self.heads else "kv_heads", "head_dim")
+            stddev = x.shape[-1] ** -0.5
+            return dense((heads, head_dim), axes, stddev=stddev, name=name, bias=self.bias, dtype=self.dtype)(
+                x
+            )
 
-        mixed = attention(
-            project("query", tokens), project("key", memory), project("value", memory), interval
+        query = project("query", tokens, self.heads)  # [B, N, H, D]
+        key, value = project("key", memory, kv_heads), project("value", memory, kv_heads)  # [B, M, G, D]
+        if self.qk_norm is not None:
+            query = norm("query_norm", self.qk_norm, self.dtype, self.epsilon)(query)
+            key = norm("key_norm", self.qk_norm, self.dtype, self.epsilon)(key)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        if cache is not None:
+            cache = cache.write(key, value, jnp.asarray(start))
+            key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
+        options: dict[str, Any] = dict(
+            mask=mask, bias=bias, scale=self.scale, soft_cap=self.soft_cap, weights=weights
         )
-        scale = (2 * width * self.depth) ** -0.5
-        axes = ("heads", "head_dim", "embed")
-        return dense(width, axes, stddev=scale, name="out", inputs=2, dtype=self.dtype)(mixed)
+        mixed = attend(query, key, value, interval, **options)
+        out = dense(
+            width,
+            ("heads", "head_dim", "embed"),
+            stddev=(2 * self.heads * head_dim * self.depth) ** -0.5,
+            name="out",
+            inputs=2,
+            bias=self.out_bias,
+            dtype=self.dtype,
+        )(mixed.mixed)
+        return Mixed(out, mixed.weights, cache)
 
 
 class Mlp(nn.Module):
-    """Two projections with an activation between, applied per token."""
+    """Two projections with an activation between, applied per token.
+
+    Attributes:
+      hidden: width between the projections.
+      depth: blocks in the tower, for initial values.
+      activation: a key of :data:`ACTIVATIONS`.
+      gated: a third projection multiplies the activated one: SwiGLU with ``"silu"``, GeGLU with ``"gelu"`` ("GLU
+        Variants Improve Transformer", arXiv 2002.05202).
+      bias: of all projections.
+      dtype: compute type.
+    """
 
     hidden: int
     depth: int = 1
     activation: str = "gelu"
+    gated: bool = False
+    bias: bool = True
     dtype: Any = None
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         width = tokens.shape[-1]
-        up = dense(self.hidden, ("embed", "mlp"), stddev=(2 * width) ** -0.5, name="up", dtype=self.dtype)
+
+        def enter(name: str) -> jax.Array:
+            axes, stddev = ("embed", "mlp"), (2 * width) ** -0.5
+            return dense(self.hidden, axes, stddev=stddev, name=name, bias=self.bias, dtype=self.dtype)(
+                tokens
+            )
+
+        hidden = activation(self.activation)(enter("gate" if self.gated else "up"))
+        if self.gated:
+            hidden = hidden * enter("up")
         scale = (2 * width * self.depth) ** -0.5
-        down = dense(width, ("mlp", "embed"), stddev=scale, name="down", dtype=self.dtype)
-        return down(activation(self.activation)(up(tokens)))
+        down = dense(width, ("mlp", "embed"), stddev=scale, name="down", bias=self.bias, dtype=self.dtype)
+        return down(hidden)
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: tokens + attention(norm(tokens)), then the same with the MLP.
+    """A transformer block: attention, attention to a memory if there is one, MLP; each adds to its input.
 
     Attributes:
-      heads: attention heads.
-      mlp_dim: hidden width of the MLP.
+      heads, kv_heads, head_dim, qk_norm, scale, soft_cap: of :class:`Attention`.
+      qkv_bias, out_bias, mlp_bias: whether projections have biases.
+      mlp_dim, activation, gated: of :class:`Mlp`.
       depth: blocks in the tower, for initial values.
-      activation: the MLP's, a key of :data:`ACTIVATIONS`.
+      order: where norms stand: ``"pre"`` (at the start of each branch), ``"post"`` (after each sum, as in BERT,
+        arXiv 1810.04805), ``"both"`` (at the start and at the end of each branch, as in Gemma 2, arXiv 2408.00118).
+      cross: whether the block also attends to a ``memory`` between attention and MLP.
+      layer_scale: initial value of a learned factor per feature at each branch's end ("Going deeper with Image
+        Transformers", arXiv 2103.17239), or None.
       dropout: share of each branch's output that is zeroed in training.
-      norm: ``"layer"`` or ``"rms"``, and its ``epsilon``.
+      norm: a kind of :func:`norm`, and its ``epsilon``.
       dtype: compute type.
     """
 
     heads: int
     mlp_dim: int
     depth: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    qk_norm: str | None = None
+    scale: float | None = None
+    soft_cap: float | None = None
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
     activation: str = "gelu"
+    gated: bool = False
+    order: str = "pre"
+    cross: bool = False
+    layer_scale: float | None = None
     dropout: float = 0.0
     norm: str = "layer"
     epsilon: float = 1e-6
@@ -185,12 +335,73 @@ class Block(nn.Module):
         tokens: Float[Array, "batch tokens width"],
         interval: Interval | None = None,
         *,
+        mask: Bool[Array, "#batch tokens keys"] | None = None,
+        bias: Float[Array, "#batch heads tokens keys"] | None = None,
+        rotation: Rotation | None = None,
+        memory: Float[Array, "batch memory memory_width"] | None = None,
+        memory_interval: Interval | None = None,
+        cache: KeyValues | None = None,
+        start: Int[Array, ""] | int = 0,
+        drop_path: Float[Array, ""] | float = 0.0,
+        weights: bool = False,
         train: bool = False,
-    ) -> Float[Array, "batch tokens width"]:
+    ) -> Mixed:
+        """One block; the arguments are those of :class:`Attention`.
+
+        Args:
+          drop_path: in training, the probability that an example skips a branch ("Deep Networks with Stochastic
+            Depth", arXiv 1603.09382); 0 (the number) draws nothing.
+
+        Raises:
+          UserError: an unknown ``order``, or a memory that is missing or not expected.
+        """
+        if self.order not in ("pre", "post", "both"):
+            raise UserError(f"order is {self.order!r}; there are 'pre', 'post' and 'both'.")
+        if self.cross != (memory is not None):
+            raise UserError(
+                f"A block with cross={self.cross} was called {'with' if memory is not None else 'without'} a memory."
+            )
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        normed = norm("attention_norm", self.norm, self.dtype, self.epsilon)(tokens)
-        tokens = tokens + drop(
-            Attention(self.heads, self.depth, self.dtype, name="attention")(normed, interval)
+
+        def enter(name: str) -> jax.Array:
+            return (
+                tokens
+                if self.order == "post"
+                else norm(f"{name}_norm", self.norm, self.dtype, self.epsilon)(tokens)
+            )
+
+        def leave(name: str, branch: jax.Array) -> jax.Array:
+            if self.order == "both":
+                branch = norm(f"{name}_out_norm", self.norm, self.dtype, self.epsilon)(branch)
+            if self.layer_scale is not None:
+                initial = named(nn.initializers.constant(self.layer_scale), "activation")
+                branch = branch * self.param(f"{name}_scale", initial, branch.shape[-1:]).astype(branch.dtype)
+            branch = drop(branch)
+            if train and not (isinstance(drop_path, float) and drop_path == 0.0):
+                kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_path, (len(branch), 1, 1))
+                branch = jnp.where(kept, branch / (1 - drop_path), 0.0).astype(branch.dtype)
+            total = tokens + branch
+            return (
+                norm(f"{name}_norm", self.norm, self.dtype, self.epsilon)(total)
+                if self.order == "post"
+                else total
+            )
+
+        fields: dict[str, Any] = dict(
+            bias=self.qkv_bias, out_bias=self.out_bias, qk_norm=self.qk_norm, scale=self.scale, soft_cap=self.soft_cap,
+            depth=self.depth, epsilon=self.epsilon, dtype=self.dtype,
+        )  # fmt: skip
+        attention = Attention(self.heads, self.kv_heads, self.head_dim, **fields, name="attention")
+        options: dict[str, Any] = dict(
+            mask=mask, bias=bias, rotation=rotation, cache=cache, start=start, weights=weights
         )
-        normed = norm("mlp_norm", self.norm, self.dtype, self.epsilon)(tokens)
-        return tokens + drop(Mlp(self.mlp_dim, self.depth, self.activation, self.dtype, name="mlp")(normed))
+        mixed = attention(enter("attention"), interval, cache=cache, start=start, **options)
+        tokens = leave("attention", mixed.tokens)
+        if self.cross:
+            attention = Attention(self.heads, self.kv_heads, self.head_dim, **fields, name="cross_attention")
+            tokens = leave("cross", attention(enter("cross"), memory_interval, memory).tokens)
+        mlp = Mlp(
+            self.mlp_dim, self.depth, self.activation, self.gated, self.mlp_bias, self.dtype, name="mlp"
+        )
+        tokens = leave("mlp", mlp(enter("mlp")))
+        return Mixed(tokens, mixed.weights, mixed.cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,9 +10,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vlpjax.errors import UserError
-from vlpjax.mesh import constrain
 from vlpjax.models.heads import Projection
 from vlpjax.models.layers import Block, named, norm
+from vlpjax.models.stack import Stack
 from vlpjax.parallel.attention import causal
 
 
@@ -74,19 +75,18 @@ class TextTransformer(nn.Module):
         tokens = embed(ids) + positions[: ids.shape[-1]].astype(self.dtype or jnp.float32)  # [B, L, D]
         tokens = nn.Dropout(self.dropout, deterministic=not train)(tokens)
         interval = causal(ids.shape[-1])
-        for index in range(self.depth):
-            tokens = constrain(tokens, "frames", None, "activation")
-            tokens = Block(
-                heads=self.heads,
-                mlp_dim=round(self.mlp_ratio * self.width),
-                depth=self.depth,
-                activation=self.activation,
-                dropout=self.dropout,
-                norm=self.norm,
-                epsilon=self.epsilon,
-                dtype=self.dtype,
-                name=f"block_{index}",
-            )(tokens, interval, train=train)
+        block = functools.partial(
+            Block,
+            heads=self.heads,
+            mlp_dim=round(self.mlp_ratio * self.width),
+            depth=self.depth,
+            activation=self.activation,
+            dropout=self.dropout,
+            norm=self.norm,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+        )
+        tokens = Stack(block, self.depth)(tokens, interval, train=train).tokens
         tokens = norm("final_norm", self.norm, self.dtype, self.epsilon)(tokens)
         last = jnp.maximum(jnp.sum(ids != self.pad_id, axis=-1) - 1, 0)  # [B]
         pooled = jnp.take_along_axis(tokens, last[:, None, None], axis=1)[:, 0]  # [B, D]

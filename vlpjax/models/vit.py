@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -10,10 +11,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlpjax.errors import UserError
-from vlpjax.mesh import constrain
 from vlpjax.models.heads import Projection
 from vlpjax.models.layers import Attention, Block, Mlp, named, norm
 from vlpjax.models.patches import PatchEmbedding
+from vlpjax.models.stack import Stack
 
 # Width, depth and heads of the published sizes; MLPs are four times as wide (arXiv 2010.11929 table 1,
 # 2106.04560 table 2 for Ti and S).
@@ -53,7 +54,7 @@ class AttentionPool(nn.Module):
             "query", named(nn.initializers.normal(width**-0.5), None, None, "embed"), (1, 1, width)
         )
         query = jnp.broadcast_to(query.astype(tokens.dtype), (tokens.shape[0], 1, width))
-        pooled = Attention(self.heads, dtype=self.dtype, name="attention")(query, memory=tokens)  # [B, 1, D]
+        pooled = Attention(self.heads, dtype=self.dtype, name="attention")(query, memory=tokens).tokens
         normed = norm("mlp_norm", self.norm, self.dtype, self.epsilon)(pooled)
         return (pooled + Mlp(self.mlp_dim, activation=self.activation, dtype=self.dtype, name="mlp")(normed))[
             :, 0
@@ -139,19 +140,18 @@ class ViT(nn.Module):
             tokens = self._drop_patches(tokens)
         if self.pre_norm:
             tokens = norm("pre_norm", self.norm, self.dtype, self.epsilon)(tokens)
-        for index in range(self.depth):
-            tokens = constrain(tokens, "frames", None, "activation")
-            tokens = Block(
-                heads=self.heads,
-                mlp_dim=round(self.mlp_ratio * self.width),
-                depth=self.depth,
-                activation=self.activation,
-                dropout=self.dropout,
-                norm=self.norm,
-                epsilon=self.epsilon,
-                dtype=self.dtype,
-                name=f"block_{index}",
-            )(tokens, train=train)
+        block = functools.partial(
+            Block,
+            heads=self.heads,
+            mlp_dim=round(self.mlp_ratio * self.width),
+            depth=self.depth,
+            activation=self.activation,
+            dropout=self.dropout,
+            norm=self.norm,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+        )
+        tokens = Stack(block, self.depth)(tokens, train=train).tokens
         tokens = norm("final_norm", self.norm, self.dtype, self.epsilon)(tokens)
         if self.pool == "cls":
             pooled, tokens = tokens[:, 0], tokens[:, 1:]

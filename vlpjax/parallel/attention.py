@@ -2,7 +2,8 @@
 
 A mask is an interval of keys per query, ``[start, end)`` in token order.  Causal attention, padding, packed
 documents, prefix-LM, bidirectional image blocks and sliding windows are all intervals, and an interval says
-without looking at single tokens which blocks of keys a block of queries can skip.
+without looking at single tokens which blocks of keys a block of queries can skip.  The few masks that are not
+one interval are given in full, as booleans.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Interval(NamedTuple):
@@ -20,11 +21,18 @@ class Interval(NamedTuple):
     start: Int[Array, "#batch queries"]
     end: Int[Array, "#batch queries"]
 
+    def mask(self, keys: int) -> Bool[Array, "#batch queries {keys}"]:
+        """The same, written out."""
+        index = jnp.arange(keys, dtype=jnp.int32)
+        return (index >= self.start[..., None]) & (index < self.end[..., None])
 
-def causal(length: int) -> Interval:
-    """Every token sees itself and what stands before it."""
+
+def causal(length: int, window: int | None = None) -> Interval:
+    """Every token sees itself and what stands before it, of that the last ``window`` tokens."""
     positions = jnp.arange(length, dtype=jnp.int32)[None]
-    return Interval(jnp.zeros_like(positions), positions + 1)
+    end = positions + 1
+    start = jnp.zeros_like(end) if window is None else jnp.maximum(end - window, 0)
+    return Interval(start, end)
 
 
 def prefix(lengths: Int[Array, " batch"], queries: int) -> Interval:
@@ -33,28 +41,95 @@ def prefix(lengths: Int[Array, " batch"], queries: int) -> Interval:
     return Interval(jnp.zeros_like(end), end)
 
 
+def segments(ids: Int[Array, "batch tokens"]) -> Interval:
+    """Every token sees the tokens of its own segment; tokens of segment 0 are padding and see nothing.
+
+    Args:
+      ids: segment per token; a segment is a run of equal ids (packed documents, packed images).
+    """
+    count = ids.shape[1]
+    index = jnp.arange(count, dtype=jnp.int32)[None]
+    new = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
+    start = jax.lax.cummax(jnp.where(new, index, 0), axis=1)
+    last = jnp.concatenate([new[:, 1:], jnp.ones_like(new[:, :1])], axis=1)
+    end = jax.lax.cummin(jnp.where(last, index + 1, count), axis=1, reverse=True)
+    return Interval(jnp.where(ids == 0, 0, start), jnp.where(ids == 0, 0, end))
+
+
+def intersect(first: Interval, second: Interval) -> Interval:
+    """The keys that both let a query see."""
+    return Interval(jnp.maximum(first.start, second.start), jnp.minimum(first.end, second.end))
+
+
+class Attended(NamedTuple):
+    """What attention gives: ``mixed`` values, and the ``weights`` if they were asked for."""
+
+    mixed: Float[Array, "batch queries heads head_dim"]
+    weights: Float[Array, "batch heads queries keys"] | None
+
+
+def attend(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    value: Float[Array, "batch keys kv_heads head_dim"],
+    interval: Interval | None = None,
+    *,
+    mask: Bool[Array, "#batch queries keys"] | None = None,
+    bias: Float[Array, "#batch heads queries keys"] | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    weights: bool = False,
+) -> Attended:
+    """Scaled dot-product attention; the softmax is taken in float32 whatever the inputs are.
+
+    Args:
+      query, key, value: projected tokens, unscaled.  Keys and values may have fewer heads than queries, which
+        then share them in groups ("GQA", arXiv 2305.13245).
+      interval: which keys each query sees; None lets every query see every key.  A query that sees no key
+        returns zeros.
+      mask: the same as booleans, for masks that are no interval; both together let through what both let.
+      bias: added to the scaled logits (relative positions, arXiv 1910.10683).
+      scale: of the logits; ``head_dim ** -0.5`` by default.
+      soft_cap: squashes logits into (-soft_cap, soft_cap) by tanh ("Gemma 2", arXiv 2408.00118).
+      weights: also return the softmax, in float32.
+
+    Source: "Attention Is All You Need", arXiv 1706.03762, equation 1.
+    """
+    batch, queries, heads, head_dim = query.shape
+    groups, keys = key.shape[2], key.shape[1]
+    query = query * (head_dim**-0.5 if scale is None else scale)
+    if groups == heads:
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    else:
+        query = query.reshape(batch, queries, groups, heads // groups, head_dim)
+        logits = jnp.einsum("bqgrd,bkgd->bgrqk", query, key, preferred_element_type=jnp.float32)
+        logits = logits.reshape(batch, heads, queries, keys)
+    if bias is not None:
+        logits = logits + bias
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    if interval is not None:
+        seen = interval.mask(keys)  # [B or 1, Q, K]
+        mask = seen if mask is None else mask & seen
+    if mask is None:
+        softmax = jax.nn.softmax(logits, axis=-1)  # [B, H, Q, K]
+    else:
+        logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
+        softmax = jnp.where(mask[:, None], jax.nn.softmax(logits, axis=-1), 0.0)
+    shares = softmax.astype(value.dtype)
+    if groups == heads:
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", shares, value)
+    else:
+        shares = shares.reshape(batch, groups, heads // groups, queries, keys)
+        mixed = jnp.einsum("bgrqk,bkgd->bqgrd", shares, value).reshape(batch, queries, heads, -1)
+    return Attended(mixed, softmax if weights else None)
+
+
 def attention(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys heads head_dim"],
     value: Float[Array, "batch keys heads head_dim"],
     interval: Interval | None = None,
 ) -> Float[Array, "batch queries heads head_dim"]:
-    """Scaled dot-product attention; the softmax is taken in float32 whatever the inputs are.
-
-    Args:
-      query, key, value: projected tokens, unscaled.
-      interval: which keys each query sees; None lets every query see every key.  A query with an empty
-        interval returns zeros.
-
-    Source: "Attention Is All You Need", arXiv 1706.03762, equation 1.
-    """
-    query = query * (query.shape[-1] ** -0.5)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)  # [B, H, Q, K]
-    if interval is None:
-        weights = jax.nn.softmax(logits, axis=-1)
-    else:
-        keys = jnp.arange(key.shape[1], dtype=jnp.int32)
-        seen = (keys >= interval.start[..., None]) & (keys < interval.end[..., None])  # [B or 1, Q, K]
-        logits = jnp.where(seen[:, None], logits, jnp.finfo(jnp.float32).min)
-        weights = jnp.where(seen[:, None], jax.nn.softmax(logits, axis=-1), 0.0)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)  # [B, Q, H, D]
+    """:func:`attend` where only the mixed values matter."""
+    return attend(query, key, value, interval).mixed

@@ -1,0 +1,138 @@
+"""A stack of equal blocks: unrolled or scanned, rematerialised or not, with what was asked for from each layer.
+
+Every tower (images, text, decoder) is embeddings, one stack and a head; depth, scanning, rematerialisation,
+stochastic depth, key-value caches and the reading out of layers are dealt with here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlpjax.errors import UserError
+from vlpjax.mesh import constrain
+from vlpjax.models.layers import KeyValues, Mixed
+
+# What the backward pass finds saved; everything else it computes again.
+REMAT: dict[str, Any] = {
+    "none": None,  # save everything
+    "full": jax.checkpoint_policies.nothing_saveable,  # save the blocks' inputs only
+    "dots": jax.checkpoint_policies.dots_saveable,  # save every matrix product
+    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # save products with weights
+}
+
+
+class Stacked(NamedTuple):
+    """What a stack returns.
+
+    Attributes:
+      tokens: after the last block.
+      hidden: per layer that was asked for, the tokens after it; layer -1 is the last block, 0 the first.
+      weights: per layer that was asked for, its attention weights.
+      cache: all layers' keys and values, if there was a cache.
+    """
+
+    tokens: Float[Array, "batch tokens width"]
+    hidden: dict[int, Float[Array, "batch tokens width"]]
+    weights: dict[int, Float[Array, "batch heads tokens keys"]]
+    cache: KeyValues | None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """``depth`` blocks, one after the other.  Not a module: blocks become children of the module that calls it.
+
+    Attributes:
+      block: makes a block (``functools.partial(Block, heads=..., ...)``); called with a name.
+      depth: number of blocks.
+      scan: one block's program, run ``depth`` times over stacked parameters ``blocks/...`` whose first axis is the
+        layer: compile time does not grow with depth.  Otherwise parameters are ``block_0/...``, ``block_1/...``.
+      remat: a key of :data:`REMAT`.
+      drop_path: stochastic depth of the last block; the rate grows linearly from 0 at the first (arXiv 1603.09382).
+      axes: logical axes of the tokens between blocks.
+    """
+
+    block: Callable[..., nn.Module]
+    depth: int
+    scan: bool = False
+    remat: str = "none"
+    drop_path: float = 0.0
+    axes: tuple[str | None, ...] = ("frames", None, "activation")
+
+    def __call__(
+        self,
+        tokens: Float[Array, "batch tokens width"],
+        *context: Any,
+        cache: KeyValues | None = None,
+        hidden: Sequence[int] = (),
+        weights: Sequence[int] = (),
+        train: bool = False,
+        **shared: Any,
+    ) -> Stacked:
+        """Runs all blocks.
+
+        Args:
+          context: further positional arguments of every block, such as its interval.
+          cache: keys and values of all layers, layer first.
+          hidden, weights: layers to read out tokens and attention weights of; negative ones count from the end.
+          shared: further keyword arguments of every block, the same for all.
+
+        Raises:
+          UserError: an unknown ``remat``, or a layer that there is not.
+        """
+        if self.remat not in REMAT:
+            raise UserError(f"remat is {self.remat!r}; there are {', '.join(map(repr, REMAT))}.")
+        for layer in (*hidden, *weights):
+            if not -self.depth <= layer < self.depth:
+                raise UserError(
+                    f"Layer {layer} was asked for, but the tower has layers 0 to {self.depth - 1}."
+                )
+        rates = [self.drop_path * index / max(self.depth - 1, 1) for index in range(self.depth)]
+
+        def run(
+            block: nn.Module, tokens: jax.Array, layer: tuple[KeyValues | None, Any]
+        ) -> tuple[jax.Array, Mixed]:
+            slots, rate = layer
+            options: dict[str, Any] = {} if slots is None else {"cache": slots}
+            if self.drop_path:
+                options["drop_path"] = rate
+            if weights:
+                options["weights"] = True
+            tokens = constrain(tokens, *self.axes)
+            mixed = block(tokens, *context, **shared, **options, train=train)
+            return mixed.tokens, mixed._replace(tokens=mixed.tokens if hidden else None)
+
+        if self.remat != "none":
+            # Inside a scan nothing can be merged with the forward pass anyway.
+            run = nn.remat(run, policy=REMAT[self.remat], prevent_cse=not self.scan)
+        if self.scan and self.depth:
+            tokens, stacked = nn.scan(
+                run,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                length=self.depth,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(self.block(name="blocks"), tokens, (cache, jnp.asarray(rates)))
+            layers = [jax.tree.map(lambda leaf, i=index: leaf[i], stacked) for index in range(self.depth)]
+            written = stacked.cache
+        else:
+            layers = []
+            for index, rate in enumerate(rates):
+                slots = None if cache is None else jax.tree.map(lambda leaf, i=index: leaf[i], cache)
+                tokens, mixed = run(self.block(name=f"block_{index}"), tokens, (slots, rate))
+                layers.append(mixed)
+            written = None
+            if cache is not None:
+                written = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(mixed.cache for mixed in layers))
+        return Stacked(
+            tokens,
+            {layer: layers[layer].tokens for layer in hidden},
+            {layer: layers[layer].weights for layer in weights},
+            written,
+        )
