@@ -26,16 +26,17 @@ class Scalar(nn.Module):
 
 
 class Projection(nn.Module):
-    """A linear map without bias into a space that towers share; initial standard deviation width^-0.5."""
+    """A linear map into a space that towers share, as a rule without bias; initial deviation width^-0.5."""
 
     features: int
     dtype: Any = None
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... features"]:
         axes = ("embed", "joint")
         project = dense(
-            self.features, axes, stddev=x.shape[-1] ** -0.5, name="kernel", bias=False, dtype=self.dtype
+            self.features, axes, stddev=x.shape[-1] ** -0.5, name="kernel", bias=self.bias, dtype=self.dtype
         )
         out: jax.Array = project(x)
         return out

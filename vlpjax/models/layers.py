@@ -71,7 +71,7 @@ def dense(
     axes: tuple[str | None, ...],
     *,
     stddev: float,
-    name: str,
+    name: str | None,
     inputs: int = 1,
     bias: bool = True,
     dtype: Any = None,
@@ -145,12 +145,19 @@ class KeyValues(NamedTuple):
         )
 
 
+class CrossKeyValues(NamedTuple):
+    """The cache of a decoder with cross-attention: of its own tokens, and of the memory, which is projected once."""
+
+    own: KeyValues
+    memory: KeyValues
+
+
 class Mixed(NamedTuple):
     """What attention and blocks return: new tokens, and what was asked for beside them."""
 
     tokens: Float[Array, "batch tokens width"]
     weights: Float[Array, "batch heads tokens keys"] | None = None
-    cache: KeyValues | None = None
+    cache: KeyValues | CrossKeyValues | None = None
 
 
 class Attention(nn.Module):
@@ -187,7 +194,7 @@ class Attention(nn.Module):
         self,
         tokens: Float[Array, "batch tokens width"],
         interval: Interval | None = None,
-        memory: Float[Array, "batch memory memory_width"] | None = None,
+        memory: Float[Array, "batch memory memory_width"] | KeyValues | None = None,
         *,
         mask: Bool[Array, "#batch tokens keys"] | None = None,
         bias: Float[Array, "#batch heads tokens keys"] | None = None,
@@ -201,7 +208,7 @@ class Attention(nn.Module):
         Args:
           interval, mask, bias: as in :func:`vlpjax.parallel.attention.attend`.  With a cache, key indices are
             the cache's slots.
-          memory: what keys and values are made of; None is ``tokens``.
+          memory: what keys and values are made of; None is ``tokens``.  Or keys and values made before.
           rotation: rotary positions of the tokens; queries and keys turn.
           cache: slots that the new keys and values are written into, from ``start`` on; all slots are attended
             to as far as the masks let them.
@@ -222,15 +229,23 @@ class Attention(nn.Module):
         def project(name: str, x: jax.Array, heads: int) -> jax.Array:
             axes = ("embed", "heads" if heads == self.heads else "kv_heads", "head_dim")
             stddev = x.shape[-1] ** -0.5
+            if name == "query" and self.scale is not None:
+                stddev *= (
+                    head_dim**-0.5 / self.scale
+                )  # logits start with the same spread whatever their scale
             return dense((heads, head_dim), axes, stddev=stddev, name=name, bias=self.bias, dtype=self.dtype)(
                 x
             )
 
         query = project("query", tokens, self.heads)  # [B, N, H, D]
-        key, value = project("key", memory, kv_heads), project("value", memory, kv_heads)  # [B, M, G, D]
         if self.qk_norm is not None:
             query = norm("query_norm", self.qk_norm, self.dtype, self.epsilon)(query)
-            key = norm("key_norm", self.qk_norm, self.dtype, self.epsilon)(key)
+        if isinstance(memory, KeyValues):
+            key, value = memory.key.astype(query.dtype), memory.value.astype(query.dtype)
+        else:
+            key, value = project("key", memory, kv_heads), project("value", memory, kv_heads)  # [B, M, G, D]
+            if self.qk_norm is not None:
+                key = norm("key_norm", self.qk_norm, self.dtype, self.epsilon)(key)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
@@ -340,7 +355,7 @@ class Block(nn.Module):
         rotation: Rotation | None = None,
         memory: Float[Array, "batch memory memory_width"] | None = None,
         memory_interval: Interval | None = None,
-        cache: KeyValues | None = None,
+        cache: KeyValues | CrossKeyValues | None = None,
         start: Int[Array, ""] | int = 0,
         drop_path: Float[Array, ""] | float = 0.0,
         weights: bool = False,
@@ -349,6 +364,8 @@ class Block(nn.Module):
         """One block; the arguments are those of :class:`Attention`.
 
         Args:
+          cache: of a block with ``cross``, :class:`CrossKeyValues`: a memory that is given is projected into it, and
+            read from it where none is given.
           drop_path: in training, the probability that an example skips a branch ("Deep Networks with Stochastic
             Depth", arXiv 1603.09382); 0 (the number) draws nothing.
 
@@ -357,7 +374,8 @@ class Block(nn.Module):
         """
         if self.order not in ("pre", "post", "both"):
             raise UserError(f"order is {self.order!r}; there are 'pre', 'post' and 'both'.")
-        if self.cross != (memory is not None):
+        kept = cache.memory if isinstance(cache, CrossKeyValues) else None
+        if self.cross != (memory is not None or kept is not None):
             raise UserError(
                 f"A block with cross={self.cross} was called {'with' if memory is not None else 'without'} a memory."
             )
@@ -393,13 +411,22 @@ class Block(nn.Module):
         )  # fmt: skip
         attention = Attention(self.heads, self.kv_heads, self.head_dim, **fields, name="attention")
         options: dict[str, Any] = dict(
-            mask=mask, bias=bias, rotation=rotation, cache=cache, start=start, weights=weights
-        )
-        mixed = attention(enter("attention"), interval, cache=cache, start=start, **options)
+            mask=mask, bias=bias, rotation=rotation, start=start, weights=weights,
+            cache=cache.own if isinstance(cache, CrossKeyValues) else cache,
+        )  # fmt: skip
+        mixed = attention(enter("attention"), interval, **options)
         tokens = leave("attention", mixed.tokens)
         if self.cross:
             attention = Attention(self.heads, self.kv_heads, self.head_dim, **fields, name="cross_attention")
-            tokens = leave("cross", attention(enter("cross"), memory_interval, memory).tokens)
+            if memory is None:
+                crossed = attention(enter("cross"), memory_interval, kept)
+            else:
+                crossed = attention(enter("cross"), memory_interval, memory, cache=kept)
+            tokens = leave("cross", crossed.tokens)
+            if kept is not None:
+                memory_cache = kept if memory is None else crossed.cache
+                assert isinstance(mixed.cache, KeyValues) and isinstance(memory_cache, KeyValues)
+                mixed = mixed._replace(cache=CrossKeyValues(mixed.cache, memory_cache))
         mlp = Mlp(
             self.mlp_dim, self.depth, self.activation, self.gated, self.mlp_bias, self.dtype, name="mlp"
         )

@@ -6,7 +6,7 @@ stochastic depth, key-value caches and the reading out of layers are dealt with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from vlpjax.errors import UserError
 from vlpjax.mesh import constrain
-from vlpjax.models.layers import KeyValues, Mixed
+from vlpjax.models.layers import CrossKeyValues, KeyValues, Mixed
 
 # What the backward pass finds saved; everything else it computes again.
 REMAT: dict[str, Any] = {
@@ -41,7 +41,7 @@ class Stacked(NamedTuple):
     tokens: Float[Array, "batch tokens width"]
     hidden: dict[int, Float[Array, "batch tokens width"]]
     weights: dict[int, Float[Array, "batch heads tokens keys"]]
-    cache: KeyValues | None
+    cache: KeyValues | CrossKeyValues | None
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,11 @@ class Stack:
         self,
         tokens: Float[Array, "batch tokens width"],
         *context: Any,
-        cache: KeyValues | None = None,
+        cache: KeyValues | CrossKeyValues | None = None,
         hidden: Sequence[int] = (),
         weights: Sequence[int] = (),
+        kinds: Sequence[int] = (),
+        varied: Mapping[str, Sequence[Any]] | None = None,
         train: bool = False,
         **shared: Any,
     ) -> Stacked:
@@ -81,6 +83,10 @@ class Stack:
           context: further positional arguments of every block, such as its interval.
           cache: keys and values of all layers, layer first.
           hidden, weights: layers to read out tokens and attention weights of; negative ones count from the end.
+          kinds: the kind of every layer, as an index into the values of ``varied``; needed with ``varied`` only.
+          varied: keyword arguments of the blocks that differ from kind to kind, one value per kind: a window for
+            local layers and none for global ones.  Blocks of all kinds have the same parameters, so a scan picks
+            each layer's values as it goes; any sequence of kinds can be scanned, periodic or not.
           shared: further keyword arguments of every block, the same for all.
 
         Raises:
@@ -93,13 +99,21 @@ class Stack:
                 raise UserError(
                     f"Layer {layer} was asked for, but the tower has layers 0 to {self.depth - 1}."
                 )
+        varied = dict(varied or {})
         rates = [self.drop_path * index / max(self.depth - 1, 1) for index in range(self.depth)]
 
+        def pick(kind: jax.Array) -> dict[str, Any]:
+            """The arguments of a layer of this kind, where the kind is not known before the program runs."""
+            alike = {name: jax.tree.map(lambda *x: jnp.stack(x), *values) for name, values in varied.items()}
+            return {name: jax.tree.map(lambda leaf: leaf[kind], values) for name, values in alike.items()}
+
         def run(
-            block: nn.Module, tokens: jax.Array, layer: tuple[KeyValues | None, Any]
+            block: nn.Module, tokens: jax.Array, layer: tuple[KeyValues | CrossKeyValues | None, Any, Any]
         ) -> tuple[jax.Array, Mixed]:
-            slots, rate = layer
-            options: dict[str, Any] = {} if slots is None else {"cache": slots}
+            slots, rate, own = layer
+            options: dict[str, Any] = dict(own if isinstance(own, dict) else pick(own))
+            if slots is not None:
+                options["cache"] = slots
             if self.drop_path:
                 options["drop_path"] = rate
             if weights:
@@ -112,20 +126,22 @@ class Stack:
             # Inside a scan nothing can be merged with the forward pass anyway.
             run = nn.remat(run, policy=REMAT[self.remat], prevent_cse=not self.scan)
         if self.scan and self.depth:
+            chosen: Any = jnp.asarray(kinds, jnp.int32) if varied else {}
             tokens, stacked = nn.scan(
                 run,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=self.depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(self.block(name="blocks"), tokens, (cache, jnp.asarray(rates)))
+            )(self.block(name="blocks"), tokens, (cache, jnp.asarray(rates), chosen))
             layers = [jax.tree.map(lambda leaf, i=index: leaf[i], stacked) for index in range(self.depth)]
             written = stacked.cache
         else:
             layers = []
             for index, rate in enumerate(rates):
                 slots = None if cache is None else jax.tree.map(lambda leaf, i=index: leaf[i], cache)
-                tokens, mixed = run(self.block(name=f"block_{index}"), tokens, (slots, rate))
+                own = {name: values[kinds[index]] for name, values in varied.items()}
+                tokens, mixed = run(self.block(name=f"block_{index}"), tokens, (slots, rate, own))
                 layers.append(mixed)
             written = None
             if cache is not None:

@@ -1,37 +1,63 @@
-"""The causal text transformer of CLIP (arXiv 2103.00020): a sentence becomes the feature of its last token."""
+"""The text transformer: a sentence becomes features per token and one feature of the whole.
+
+Fields make of one module the causal tower of CLIP (arXiv 2103.00020), the bidirectional ones of SigLIP (arXiv
+2303.15343) and BERT (arXiv 1810.04805), and their forms with cross-attention to image tokens.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.errors import UserError
 from vlpjax.models.heads import Projection
-from vlpjax.models.layers import Block, named, norm
+from vlpjax.models.layers import Block, activation, dense, named, norm
 from vlpjax.models.stack import Stack
-from vlpjax.parallel.attention import causal
+from vlpjax.parallel.attention import Interval, causal, intersect, prefix
+
+POOLS = ("eot", "cls", "mean", "last")
 
 
 class TextTransformer(nn.Module):
-    """Token ids to features, with causal attention and pooling at the end-of-text token.
+    """Token ids to features.
 
-    Pooling finds the last token that is not padding, so it works with any tokenizer whose sequences end in
+    Pooling ``"eot"`` finds the last token that is not padding, so it works with any tokenizer whose sequences end in
     an end-of-text token; it does not need that token to have the largest id.
 
     Attributes:
       vocabulary: number of token ids.
       length: longest sequence; the position table has this many rows.
-      width, depth, heads: of the transformer.  ``mlp_ratio`` is the MLP's hidden width over ``width``.
+      width, depth, heads: of the transformer.
+      mlp_ratio: the MLP's hidden width over ``width``; ``mlp_dim`` is that width itself and wins if given.
       embedding: width of the joint space that ``"embedding"`` is projected into; None projects nothing.
-      activation: of the MLPs.
+      activation, gated: of the MLPs.
       dropout: in training, share of each branch's output, and of the embedded tokens, that is zeroed.
-      norm: ``"layer"`` or ``"rms"``, and its ``epsilon``.
-      pad_id: the id that fills sequences up.
+      norm: ``"layer"``, ``"rms"`` or ``"rms_offset"``, and its ``epsilon``.
+      pad_id: the id that fills sequences up, at their end.
       dtype: compute type; None is float32.
+      causal: whether a token sees only itself and what stands before it.
+      pool: what ``"pooled"`` is read from: ``"eot"`` (the end of the text), ``"cls"`` (the first position), ``"mean"``
+        (all that is not padding) or ``"last"`` (the last position whatever it holds, as in SigLIP).
+      eos_id: if given, ``"eot"`` reads the first token with this id (and where there is none, the last that is no
+        padding): for tokenizers that pad with the end-of-text token.
+      mask_padding: whether padding is hidden from the other tokens.  A causal tower whose padding stands at the end
+        does not need it; SigLIP is trained without.
+      projection_bias: whether the projection into the joint space has a bias.
+      order: where norms stand, as in :class:`vlpjax.models.layers.Block`.
+      types: rows of the table of token types that is added to the tokens (BERT's segments A and B); 0 has none.
+      embedding_norm: a norm on the sum of the embeddings, as in BERT.
+      final_norm: a norm after the last block.
+      pooler: BERT's dense layer with tanh on what was pooled.
+      cross: whether each block also attends to a memory, such as image tokens (ALBEF, arXiv 2107.07651; BLIP, arXiv
+        2201.12086).
+      drop_path: stochastic depth of the last block.
+      scan, remat: as in :class:`vlpjax.models.stack.Stack`.
     """
 
     vocabulary: int
@@ -47,50 +73,211 @@ class TextTransformer(nn.Module):
     epsilon: float = 1e-6
     pad_id: int = 0
     dtype: Any = None
+    causal: bool = True
+    pool: str = "eot"
+    eos_id: int | None = None
+    mask_padding: bool = False
+    projection_bias: bool = False
+    mlp_dim: int | None = None
+    gated: bool = False
+    order: str = "pre"
+    types: int = 0
+    embedding_norm: bool = False
+    final_norm: bool = True
+    pooler: bool = False
+    cross: bool = False
+    drop_path: float = 0.0
+    scan: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(
-        self, ids: Int[Array, "batch length"], *, train: bool = False
-    ) -> dict[str, Float[Array, ...]]:
+        self,
+        ids: Int[Array, "batch length"],
+        *,
+        types: Int[Array, "batch length"] | None = None,
+        lengths: Int[Array, " batch"] | None = None,
+        mask: Bool[Array, "#batch length length"] | None = None,
+        memory: Float[Array, "batch memory memory_width"] | None = None,
+        memory_lengths: Int[Array, " batch"] | None = None,
+        hidden: Sequence[int] = (),
+        attention: Sequence[int] = (),
+        train: bool = False,
+    ) -> dict[str, Any]:
         """Encodes a batch of padded sequences.
 
+        Args:
+          types: type of each token, below ``types``; None is type 0 everywhere.
+          lengths: tokens per sequence that are no padding; None counts the ids that are not ``pad_id``.
+          mask: which tokens each token sees, for what is no interval; it further restricts the fields' mask.
+          memory: tokens that a tower with ``cross`` attends to, the first ``memory_lengths`` of each row if given.
+          hidden, attention: layers whose tokens and attention weights are returned; -1 is the last block.
+
         Returns:
-          ``"tokens"`` [B, L, D] after the final norm, ``"pooled"`` [B, D] at the end of text, ``"embedding"``
-          [B, E] projected into the joint space (equal to ``"pooled"`` without a projection).
+          ``"tokens"`` [B, L, D] after the final norm, ``"pooled"`` [B, D], ``"embedding"`` [B, E] projected into
+          the joint space (equal to ``"pooled"`` without a projection).  If asked for: ``"hidden"``, a dict of
+          [B, L, D] by layer, straight from the blocks, and ``"attention"``, a dict of [B, H, L, L].
 
         Raises:
-          UserError: sequences longer than ``length``.
+          UserError: sequences longer than ``length``, an unknown ``pool``, types for a tower that has none.
         """
-        if ids.shape[-1] > self.length:
-            raise UserError(f"The text tower takes {self.length} tokens, but the batch has {ids.shape[-1]}.")
-        table = named(nn.initializers.normal(0.02), "vocabulary", "embed")
-        embed = nn.Embed(
-            self.vocabulary, self.width, dtype=self.dtype, embedding_init=table, name="token_embedding"
-        )
-        positions = self.param(
-            "position_embedding",
-            named(nn.initializers.normal(0.01), "position", "embed"),
-            (self.length, self.width),
-        )
-        tokens = embed(ids) + positions[: ids.shape[-1]].astype(self.dtype or jnp.float32)  # [B, L, D]
+        if self.pool not in POOLS:
+            raise UserError(
+                f"TextTransformer.pool is {self.pool!r}; there are {', '.join(map(repr, POOLS))}."
+            )
+        count = ids.shape[-1]
+        if lengths is None:
+            lengths = jnp.sum(ids != self.pad_id, axis=-1)  # [B]
+        tokens = self._embed(ids, types)  # [B, L, D]
+        if self.embedding_norm:
+            tokens = norm("embedding_norm", self.norm, self.dtype, self.epsilon)(tokens)
         tokens = nn.Dropout(self.dropout, deterministic=not train)(tokens)
-        interval = causal(ids.shape[-1])
         block = functools.partial(
             Block,
             heads=self.heads,
-            mlp_dim=round(self.mlp_ratio * self.width),
+            mlp_dim=self.mlp_dim or round(self.mlp_ratio * self.width),
             depth=self.depth,
             activation=self.activation,
+            gated=self.gated,
+            order=self.order,
+            cross=self.cross,
             dropout=self.dropout,
             norm=self.norm,
             epsilon=self.epsilon,
             dtype=self.dtype,
         )
-        tokens = Stack(block, self.depth)(tokens, interval, train=train).tokens
-        tokens = norm("final_norm", self.norm, self.dtype, self.epsilon)(tokens)
-        last = jnp.maximum(jnp.sum(ids != self.pad_id, axis=-1) - 1, 0)  # [B]
-        pooled = jnp.take_along_axis(tokens, last[:, None, None], axis=1)[:, 0]  # [B, D]
+        context: dict[str, Any] = {} if mask is None else {"mask": mask}
+        if memory is not None:
+            context["memory"] = memory
+            if memory_lengths is not None:
+                context["memory_interval"] = prefix(memory_lengths, count)
+        stack = Stack(block, self.depth, self.scan, self.remat, self.drop_path)
+        stacked = stack(
+            tokens, self._interval(lengths, count), hidden=hidden, weights=attention, train=train, **context
+        )
+        tokens = stacked.tokens
+        if self.final_norm:
+            tokens = norm("final_norm", self.norm, self.dtype, self.epsilon)(tokens)
+        pooled = self._pool(ids, lengths, tokens)  # [B, D]
+        if self.pooler:
+            pooled = dense(
+                self.width, ("embed", None), stddev=self.width**-0.5, name="pooler", dtype=self.dtype
+            )(pooled)
+            pooled = jnp.tanh(pooled)
         embedding = pooled
         if self.embedding is not None:
-            embedding = Projection(self.embedding, self.dtype, name="projection")(pooled)  # [B, E]
-        return {"tokens": tokens, "pooled": pooled, "embedding": embedding}
+            project = Projection(self.embedding, self.dtype, self.projection_bias, name="projection")
+            embedding = project(pooled)  # [B, E]
+        outputs: dict[str, Any] = {"tokens": tokens, "pooled": pooled, "embedding": embedding}
+        if hidden:
+            outputs["hidden"] = stacked.hidden
+        if attention:
+            outputs["attention"] = stacked.weights
+        return outputs
+
+    def _embed(self, ids: jax.Array, types: jax.Array | None) -> jax.Array:
+        """The sum of token, position and type embeddings."""
+        if ids.shape[-1] > self.length:
+            raise UserError(f"The text tower takes {self.length} tokens, but the batch has {ids.shape[-1]}.")
+        if types is not None and not self.types:
+            raise UserError("The text tower was given token types, but has types=0.")
+        table = named(nn.initializers.normal(0.02), "vocabulary", "embed")
+        tokens = nn.Embed(
+            self.vocabulary, self.width, dtype=self.dtype, embedding_init=table, name="token_embedding"
+        )(ids)
+        positions = self.param(
+            "position_embedding",
+            named(nn.initializers.normal(0.01), "position", "embed"),
+            (self.length, self.width),
+        )
+        tokens = tokens + positions[: ids.shape[-1]].astype(self.dtype or jnp.float32)  # [B, L, D]
+        if self.types:
+            kinds = nn.Embed(
+                self.types,
+                self.width,
+                dtype=self.dtype,
+                embedding_init=named(nn.initializers.normal(0.02), None, "embed"),
+                name="type_embedding",
+            )
+            tokens = tokens + kinds(jnp.zeros_like(ids) if types is None else types)
+        return tokens
+
+    def _interval(self, lengths: jax.Array, count: int) -> Interval | None:
+        """What each token sees."""
+        earlier = causal(count) if self.causal else None
+        if not self.mask_padding:
+            return earlier
+        text = prefix(lengths, count)
+        return text if earlier is None else intersect(earlier, text)
+
+    def _pool(self, ids: jax.Array, lengths: jax.Array, tokens: jax.Array) -> jax.Array:
+        """One feature per sequence."""
+        if self.pool == "cls":
+            return tokens[:, 0]
+        if self.pool == "last":
+            return tokens[:, -1]
+        if self.pool == "mean":
+            text = jnp.arange(tokens.shape[1]) < lengths[:, None]  # [B, L]
+            total = jnp.sum(jnp.where(text[..., None], tokens, 0), axis=1, dtype=jnp.float32)
+            return (total / jnp.maximum(lengths, 1)[:, None]).astype(tokens.dtype)
+        place = jnp.maximum(lengths - 1, 0)  # [B]
+        if self.eos_id is not None:
+            ends = ids == self.eos_id
+            place = jnp.where(jnp.any(ends, axis=-1), jnp.argmax(ends, axis=-1), place)
+        pooled: jax.Array = jnp.take_along_axis(tokens, place[:, None, None], axis=1)[:, 0]
+        return pooled
+
+
+class MaskedLanguageHead(nn.Module):
+    """Predicts the tokens of a text from their features: dense, activation, norm, and a decoder with bias.
+
+    Source: "BERT", arXiv 1810.04805, section 3.1.
+
+    Attributes:
+      vocabulary: number of token ids.
+      tied: whether the decoder is the tower's table of token embeddings, which the call then takes.
+      activation, norm, epsilon: as in the tower.
+      dtype: compute type of everything but the logits, which are float32.
+    """
+
+    vocabulary: int
+    tied: bool = True
+    activation: str = "gelu"
+    norm: str = "layer"
+    epsilon: float = 1e-6
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Float[Array, "batch length width"],
+        table: Float[Array, "vocabulary width"] | None = None,
+    ) -> Float[Array, "batch length vocabulary"]:
+        """Logits of every token id at every place.
+
+        Args:
+          table: token embeddings, ``variables["params"]["token_embedding"]["embedding"]`` of the text tower, if
+            ``tied``.
+
+        Raises:
+          UserError: a table that is missing, of another size, or not expected.
+        """
+        if self.tied != (table is not None):
+            raise UserError(
+                f"A MaskedLanguageHead with tied={self.tied} was called {'without' if self.tied else 'with'} a table."
+            )
+        width = tokens.shape[-1]
+        if table is not None and table.shape != (self.vocabulary, width):
+            raise UserError(
+                f"The head's table has shape {table.shape}, but vocabulary and width are {(self.vocabulary, width)}."
+            )
+        features = dense(width, ("embed", None), stddev=width**-0.5, name="dense", dtype=self.dtype)(tokens)
+        features = norm("norm", self.norm, self.dtype, self.epsilon)(activation(self.activation)(features))
+        if table is None:
+            initial = named(nn.initializers.normal(0.02), "vocabulary", "embed")
+            table = self.param("embedding", initial, (self.vocabulary, width))
+        bias = self.param("bias", named(nn.initializers.zeros, "vocabulary"), (self.vocabulary,))
+        logits = jnp.einsum(
+            "bld,vd->blv", features, table.astype(features.dtype), preferred_element_type=jnp.float32
+        )
+        return logits + bias

@@ -1,129 +1,185 @@
-"""The Vision Transformer (arXiv 2010.11929), with the pieces that contrastive pretraining adds to it."""
+"""The Vision Transformer (arXiv 2010.11929), with what published towers and pretraining have added to it."""
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vlpjax.errors import UserError
 from vlpjax.models.heads import Projection
-from vlpjax.models.layers import Attention, Block, Mlp, named, norm
-from vlpjax.models.patches import PatchEmbedding
+from vlpjax.models.layers import Block, dense, named, norm
+from vlpjax.models.packing import Packed
+from vlpjax.models.patches import PatchEmbedding, pair
+from vlpjax.models.pooling import AttentionPool, mean_pool
+from vlpjax.models.positions import Rotation
+from vlpjax.models.positions_2d import (
+    grid_positions,
+    resize_positions,
+    rotation_2d,
+    sample_positions,
+    sincos_positions,
+)
 from vlpjax.models.stack import Stack
+from vlpjax.parallel.attention import segments
 
-# Width, depth and heads of the published sizes; MLPs are four times as wide (arXiv 2010.11929 table 1,
-# 2106.04560 table 2 for Ti and S).
-_SIZES = {
-    "Ti": dict(width=192, depth=12, heads=3),
-    "S": dict(width=384, depth=12, heads=6),
-    "B": dict(width=768, depth=12, heads=12),
-    "L": dict(width=1024, depth=24, heads=16),
-    "H": dict(width=1280, depth=32, heads=16),
-}
-
-
-def variant(name: str) -> dict[str, Any]:
-    """The fields of a published size, such as ``variant("S/16")``, to be spread into ``spec(ViT, ...)``."""
-    size, _, patch = name.partition("/")
-    if size not in _SIZES or not patch.isdigit():
-        raise UserError(
-            f"There is no ViT variant {name!r}; write a size of {', '.join(_SIZES)} and a patch: 'S/16'."
-        )
-    return {**_SIZES[size], "patch": int(patch)}
-
-
-class AttentionPool(nn.Module):
-    """One learned query attends to all tokens, then an MLP: "MAP" of "Scaling ViT", arXiv 2106.04560."""
-
-    heads: int
-    mlp_dim: int
-    activation: str = "gelu"
-    norm: str = "layer"
-    epsilon: float = 1e-6
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, tokens: Float[Array, "batch tokens width"]) -> Float[Array, "batch width"]:
-        width = tokens.shape[-1]
-        query = self.param(
-            "query", named(nn.initializers.normal(width**-0.5), None, None, "embed"), (1, 1, width)
-        )
-        query = jnp.broadcast_to(query.astype(tokens.dtype), (tokens.shape[0], 1, width))
-        pooled = Attention(self.heads, dtype=self.dtype, name="attention")(query, memory=tokens).tokens
-        normed = norm("mlp_norm", self.norm, self.dtype, self.epsilon)(pooled)
-        return (pooled + Mlp(self.mlp_dim, activation=self.activation, dtype=self.dtype, name="mlp")(normed))[
-            :, 0
-        ]
+POOLS = ("cls", "mean", "map", "none")
+POSITIONS = ("learned", "sincos", "rotary", "none")
 
 
 class ViT(nn.Module):
-    """Images to features.
+    """Images, clips or packed images of any shape to features.
+
+    The tokens inside the tower are, in this order, class tokens, registers and patches; the first two are called the
+    prefix.
 
     Attributes:
-      image_size: height and width that the position table is made for, in pixels.
-      patch: height and width of a patch, in pixels.
+      image_size: height and width in pixels, or both as one number.
+      patch: height and width of a patch in pixels, or both as one number.
+      patch_crop: leave out the pixels at the bottom and at the right that fill no patch (SigLIP's So400m/14 sees 378 of
+        384 pixels); otherwise they are an error.
+      patch_base: size of the patches that the projection's kernel is stored for; it is resized to ``patch`` when used
+        ("FlexiViT", arXiv 2212.08013).  None is ``patch``.
+      channels: of the images.
+      frames, tubelet: frames of a clip, and frames per patch ("ViViT", arXiv 2103.15691).  One frame is an image.
       stem: ``"linear"`` projects each patch; ``"conv"`` reaches the same grid through 3x3 convolutions
         ("Early Convolutions Help Transformers See Better", arXiv 2106.14881) with ``stem_channels`` (by
         default doubling up to ``width``), ``stem_strides`` (by default all 2; their product is ``patch``) and
         ``stem_norm`` (``"batch"``, ``"layer"`` or ``"rms"``).
-      width, depth, heads: of the transformer.  ``mlp_ratio`` is the MLP's hidden width over ``width``.
-      pool: ``"cls"`` (a learned class token), ``"mean"``, or ``"map"`` (attention with a learned query).
-      embedding: width of the joint space that ``"embedding"`` is projected into; None projects nothing.
       patch_bias: whether the patch projection has a bias (CLIP's has none).
-      pre_norm: LayerNorm before the first block, as in CLIP.
-      activation: of the MLPs.
+      width, depth, heads: of the transformer.
+      mlp_ratio: the MLP's hidden width over ``width``, unless ``mlp_dim`` gives it.
+      class_tokens: learned tokens before the patches; None is 1 if ``pool`` is ``"cls"`` and else 0.
+      registers: further learned tokens, without positions ("Vision Transformers Need Registers", arXiv 2309.16588).
+      positions: ``"learned"`` (a table that is added), ``"sincos"`` (a fixed one), ``"rotary"`` (queries and keys turn)
+        or ``"none"``.
+      position_grid: rows and columns of the learned table, where they differ from the image's.
+      position_prefix: whether the learned table has rows for the class tokens.
+      position_method, position_antialias: how the learned table is resized to another grid: ``"bicubic"`` or
+        ``"bilinear"``.
+      resize_positions: whether images of another size than ``image_size`` are taken.
+      sincos_form: see :func:`vlpjax.models.positions_2d.sincos_positions`.
+      rotary_form, rotary_base: see :func:`vlpjax.models.positions_2d.rotation_2d`.
+      segments: images per row of packed images that come without grids.
+      pool: ``"cls"`` (the first class token), ``"mean"`` (of the patches), ``"map"`` (attention with a learned query
+        to the patches), or ``"none"``.
+      pooler: a dense layer with tanh on what was pooled, as in the ViT of `transformers`.
+      embedding: width of the joint space that ``"embedding"`` is projected into; None projects nothing.
+      projection_bias: whether that projection has a bias, as classifiers have.
+      mask_token: whether there is a learned token for patches that are masked ("BEiT", arXiv 2106.08254; DINOv2, arXiv
+        2304.07193).
+      pre_norm: norm before the first block, as in CLIP.
+      final_norm: norm of all tokens after the last block, before pooling.
+      pool_norm: norm of what was pooled (CLIP, which has no ``final_norm``; timm's ``fc_norm``).
+      norm: ``"layer"`` or ``"rms"``, and its ``epsilon``.
+      qk_norm: kind of norm on each head's queries and keys (arXiv 2302.05442), or None.
+      layer_scale: initial value of a learned factor per feature at each branch's end (arXiv 2103.17239), or None.
+      activation: of the MLPs; ``gated`` makes them SwiGLU (with ``"silu"``) or GeGLU (arXiv 2002.05202).
+      qkv_bias, out_bias, mlp_bias: whether the blocks' projections have biases.
+      drop_path: in training, the rate at which the last block's branches are skipped; it grows linearly from 0 at the
+        first block (arXiv 1603.09382).
       dropout: in training, share of each branch's output that is zeroed.
       patch_dropout: in training, share of the patch tokens that is left out ("FLIP", arXiv 2212.00794);
-        positions are added before, a class token always stays.
-      norm: ``"layer"`` or ``"rms"``, and its ``epsilon``.
+        positions are added before, the prefix always stays.
+      scan: one program for all blocks, with stacked parameters; ``remat``: a key of
+        :data:`vlpjax.models.stack.REMAT`.
       dtype: compute type; None is float32.
+
+    Parameters: ``patches/projection``, ``position_embedding`` [1, class tokens + patches, D], ``class_token`` and
+    ``registers`` [1, count, D], ``pre_norm``, ``block_{n}`` (or ``blocks``), ``final_norm``, ``pool_head`` (``query``,
+    ``attention``, ``mlp_norm``, ``mlp``), ``pool_norm``, ``pooler``, ``projection/kernel``, ``mask_token``.
     """
 
-    image_size: int = 224
-    patch: int = 16
+    image_size: int | tuple[int, int] = 224
+    patch: int | tuple[int, int] = 16
+    patch_crop: bool = False
+    patch_base: int | tuple[int, int] | None = None
+    channels: int = 3
+    frames: int = 1
+    tubelet: int = 1
     stem: str = "linear"
     stem_channels: tuple[int, ...] = ()
     stem_strides: tuple[int, ...] = ()
     stem_norm: str = "batch"
+    patch_bias: bool = False
     width: int = 768
     depth: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
+    mlp_dim: int | None = None
+    class_tokens: int | None = None
+    registers: int = 0
+    positions: str = "learned"
+    position_grid: tuple[int, int] | None = None
+    position_prefix: bool = True
+    position_method: str = "bicubic"
+    position_antialias: bool = False
+    resize_positions: bool = False
+    sincos_form: str = "big_vision"
+    rotary_form: str = "patches"
+    rotary_base: float = 10000.0
+    segments: int = 1
     pool: str = "cls"
+    pooler: bool = False
     embedding: int | None = None
-    patch_bias: bool = False
+    projection_bias: bool = False
+    mask_token: bool = False
     pre_norm: bool = True
-    activation: str = "gelu"
-    dropout: float = 0.0
-    patch_dropout: float = 0.0
+    final_norm: bool = True
+    pool_norm: bool = False
     norm: str = "layer"
     epsilon: float = 1e-6
+    qk_norm: str | None = None
+    layer_scale: float | None = None
+    activation: str = "gelu"
+    gated: bool = False
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    drop_path: float = 0.0
+    dropout: float = 0.0
+    patch_dropout: float = 0.0
+    scan: bool = False
+    remat: str = "none"
     dtype: Any = None
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "batch height width channels"], *, train: bool = False
-    ) -> dict[str, Float[Array, ...]]:
-        """Encodes a batch of images.
+        self,
+        images: Float[Array, "batch *frames height width channels"] | Mapping[str, jax.Array],
+        *,
+        masked: Bool[Array, "batch patches"] | None = None,
+        hidden: tuple[int, ...] = (),
+        attention: tuple[int, ...] = (),
+        train: bool = False,
+    ) -> dict[str, Any]:
+        """Encodes a batch.
+
+        Args:
+          images: [B, H, W, C]; clips [B, T, H, W, C] if the tower takes several frames; or rows of patches of S images
+            each: the fields of :class:`vlpjax.models.packing.Packed`.
+          masked: patches that the mask token stands for; their pixels are not seen.
+          hidden: blocks to read the tokens after out of; negative numbers count from the end.
+          attention: blocks to read the attention weights out of.
 
         Returns:
-          ``"tokens"`` [B, N, D] after the final norm (patches only), ``"pooled"`` [B, D], ``"embedding"``
-          [B, E] projected into the joint space (equal to ``"pooled"`` without a projection).
+          ``"tokens"`` [B, N, D] after the final norm (patches only), ``"prefix"`` [B, P, D] likewise if there are class
+          tokens or registers, ``"pooled"`` [B, D], ``"embedding"`` [B, E] projected into the joint space (equal to
+          ``"pooled"`` without a projection).  Packed, pooled and embedded are [B, S, D] and [B, S, E], zero where a
+          row has no such image, and tokens of padding mean nothing.  Without pooling the last two are absent.
+          ``"hidden"`` {block: [B, P + N, D]} and ``"attention"`` {block: [B, H, P + N, P + N]} if they were asked for.
 
         Raises:
-          UserError: images of another size than ``image_size``, or an unknown ``pool``.
+          UserError: images of another size than ``image_size``, or settings that there are not.
         """
-        if images.shape[1:3] != (self.image_size, self.image_size):
-            raise UserError(
-                f"The image tower takes {self.image_size} pixels, but the batch has {images.shape[1:3]}."
-            )
-        if self.pool not in ("cls", "mean", "map"):
-            raise UserError(f"ViT.pool is {self.pool!r}; there are 'cls', 'mean' and 'map'.")
+        self._check_settings()
+        packed = self._packed(images) if isinstance(images, Mapping) else None
         tokens = PatchEmbedding(
             patch=self.patch,
             width=self.width,
@@ -133,64 +189,252 @@ class ViT(nn.Module):
             stem_norm=self.stem_norm,
             bias=self.patch_bias,
             dtype=self.dtype,
+            tubelet=self.tubelet,
+            base=self.patch_base,
             name="patches",
-        )(images, train=train)  # [B, N, D]
-        tokens = self._add_positions(tokens)
+        )(self._checked(images) if packed is None else packed.patches, train=train)  # [B, N, D]
+        tokens = self._mask(tokens, masked)
+        size = pair(self.image_size) if isinstance(images, Mapping) else images.shape[-3:-1]
+        grid = self._grid((size[0], size[1]))
+        rotation = self._rotation(grid, packed)
+        tokens = self._add_positions(tokens, grid, packed)  # [B, P + N, D]
         if train and self.patch_dropout:
-            tokens = self._drop_patches(tokens)
+            tokens, rotation = self._drop_patches(tokens, rotation)
         if self.pre_norm:
-            tokens = norm("pre_norm", self.norm, self.dtype, self.epsilon)(tokens)
-        block = functools.partial(
+            tokens = self._norm("pre_norm", tokens)
+        shared: dict[str, Any] = {} if rotation is None else {"rotation": rotation}
+        interval = None if packed is None else segments(self._with_prefix(packed.segment_ids, 1))
+        stacked = Stack(
+            self._block(), self.depth, scan=self.scan, remat=self.remat, drop_path=self.drop_path
+        )(tokens, interval, hidden=hidden, weights=attention, train=train, **shared)
+        outputs = self._outputs(stacked.tokens, packed)
+        if hidden:
+            outputs["hidden"] = stacked.hidden
+        if attention:
+            outputs["attention"] = stacked.weights
+        return outputs
+
+    # --- settings ---------------------------------------------------------------------------------------------
+
+    @property
+    def _classes(self) -> int:
+        return int(self.pool == "cls") if self.class_tokens is None else self.class_tokens
+
+    @property
+    def _prefix(self) -> int:
+        return self._classes + self.registers
+
+    @property
+    def _hidden_width(self) -> int:
+        return round(self.mlp_ratio * self.width) if self.mlp_dim is None else self.mlp_dim
+
+    def _check_settings(self) -> None:
+        if self.pool not in POOLS:
+            raise UserError(f"ViT.pool is {self.pool!r}; there are {', '.join(map(repr, POOLS))}.")
+        if self.positions not in POSITIONS:
+            raise UserError(
+                f"ViT.positions is {self.positions!r}; there are {', '.join(map(repr, POSITIONS))}."
+            )
+        if self.pool == "cls" and not self._classes:
+            raise UserError("ViT.pool is 'cls', which needs a class token, but class_tokens is 0.")
+        if self.pool == "none" and (self.pool_norm or self.pooler or self.embedding is not None):
+            raise UserError(
+                "ViT.pool is 'none', so there is nothing for pool_norm, pooler or embedding to act on."
+            )
+        if self.frames % self.tubelet:
+            raise UserError(f"ViT.frames is {self.frames}, which tubelet={self.tubelet} does not divide.")
+        if self.frames > self.tubelet and self.positions in ("sincos", "rotary"):
+            raise UserError(
+                f"ViT.positions is {self.positions!r}, which knows rows and columns but not time; clips of more than "
+                "one tubelet take 'learned'."
+            )
+
+    def _checked(self, images: Any) -> jax.Array:
+        """Images or clips of the shape that the tower takes."""
+        clip = self.frames > 1
+        if images.ndim != 4 + clip or (clip and images.shape[1] != self.frames):
+            wanted = (
+                f"[batch, {self.frames}, height, width, channels]"
+                if clip
+                else "[batch, height, width, channels]"
+            )
+            raise UserError(f"The image tower takes {wanted}, but the batch has {images.shape}.")
+        if images.shape[-1] != self.channels:
+            raise UserError(
+                f"The image tower takes {self.channels} channels, but the batch has {images.shape[-1]}."
+            )
+        if images.shape[-3:-1] != pair(self.image_size) and not self.resize_positions:
+            raise UserError(
+                f"The image tower takes {self.image_size} pixels, but the batch has {images.shape[-3:-1]}; "
+                "resize_positions=True takes other sizes."
+            )
+        if self.patch_crop:
+            (rows, columns), patch = self._grid(images.shape[-3:-1]), pair(self.patch)
+            images = images[..., : rows * patch[0], : columns * patch[1], :]
+        return images
+
+    def _packed(self, inputs: Mapping[str, jax.Array]) -> Packed:
+        if self.frames > 1 or self.patch_dropout:
+            raise UserError("Packed images take no clips and no patch_dropout.")
+        packed = Packed.of(inputs, math.prod(pair(self.patch)) * self.channels, self.segments)
+        if self._prefix and packed.grids.shape[1] > 1:
+            raise UserError(
+                f"Rows of up to {packed.grids.shape[1]} packed images have no class tokens and no registers, but the "
+                f"tower has {self._prefix}; pool by 'mean' or 'map', or pack one image per row."
+            )
+        return packed
+
+    def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches of an image."""
+        patch = pair(self.patch)
+        return size[0] // patch[0], size[1] // patch[1]
+
+    def _block(self) -> functools.partial[Block]:
+        return functools.partial(
             Block,
             heads=self.heads,
-            mlp_dim=round(self.mlp_ratio * self.width),
+            mlp_dim=self._hidden_width,
             depth=self.depth,
+            qk_norm=self.qk_norm,
+            qkv_bias=self.qkv_bias,
+            out_bias=self.out_bias,
+            mlp_bias=self.mlp_bias,
             activation=self.activation,
+            gated=self.gated,
+            layer_scale=self.layer_scale,
             dropout=self.dropout,
             norm=self.norm,
             epsilon=self.epsilon,
             dtype=self.dtype,
         )
-        tokens = Stack(block, self.depth)(tokens, train=train).tokens
-        tokens = norm("final_norm", self.norm, self.dtype, self.epsilon)(tokens)
-        if self.pool == "cls":
-            pooled, tokens = tokens[:, 0], tokens[:, 1:]
-        elif self.pool == "mean":
-            pooled = jnp.mean(tokens, axis=1, dtype=jnp.float32).astype(tokens.dtype)
+
+    # --- steps ------------------------------------------------------------------------------------------------
+
+    def _norm(self, name: str, tokens: jax.Array) -> jax.Array:
+        normed: jax.Array = norm(name, self.norm, self.dtype, self.epsilon)(tokens)
+        return normed
+
+    def _mask(self, tokens: jax.Array, masked: jax.Array | None) -> jax.Array:
+        """Puts the mask token where patches are masked."""
+        if not self.mask_token:
+            if masked is not None:
+                raise UserError(
+                    "The image tower was told which patches are masked, but has mask_token=False."
+                )
+            return tokens
+        initial = named(nn.initializers.normal(self.width**-0.5), None, None, "embed")
+        token = self.param("mask_token", initial, (1, 1, self.width)).astype(tokens.dtype)
+        return tokens if masked is None else jnp.where(masked[..., None], token, tokens)
+
+    def _with_prefix(self, patches: jax.Array, value: float) -> jax.Array:
+        """Entries per patch [B, N, ...], with entries of ``value`` for the prefix before them."""
+        widths = [(0, 0), (self._prefix, 0), *[(0, 0)] * (patches.ndim - 2)]
+        return jnp.pad(patches, widths, constant_values=value)
+
+    def _rotation(self, grid: tuple[int, int], packed: Packed | None) -> Rotation | None:
+        """Angles per token; the prefix does not turn."""
+        if self.positions != "rotary":
+            return None
+        positions = grid_positions(*grid)[None] if packed is None else packed.positions
+        grids = jnp.asarray(grid)[None, None] if packed is None else packed.token_grids
+        rotation = rotation_2d(positions, grids, self.width // self.heads, self.rotary_base, self.rotary_form)
+        return Rotation(self._with_prefix(rotation.cos, 1.0), self._with_prefix(rotation.sin, 0.0))
+
+    def _add_positions(self, tokens: jax.Array, grid: tuple[int, int], packed: Packed | None) -> jax.Array:
+        """Adds positions to the patches, and puts the prefix before them."""
+        classes: jax.Array | float = 0.0
+        if self.positions == "learned":
+            classes, patches = self._learned_positions(grid, packed)
+            tokens = tokens + patches.astype(tokens.dtype)
+        elif self.positions == "sincos":
+            where = grid_positions(*grid)[None] if packed is None else packed.positions
+            tokens = tokens + sincos_positions(where, self.width, self.sincos_form).astype(tokens.dtype)
+        prefix = []
+        if self._classes:
+            token = self._prefix_tokens("class_token", self._classes, tokens)
+            prefix.append(token + jnp.asarray(classes, tokens.dtype))
+        if self.registers:
+            prefix.append(self._prefix_tokens("registers", self.registers, tokens))
+        return jnp.concatenate([*prefix, tokens], axis=1) if prefix else tokens
+
+    def _learned_positions(
+        self, grid: tuple[int, int], packed: Packed | None
+    ) -> tuple[jax.Array | float, jax.Array]:
+        """Rows of the table for the class tokens (0 if it has none), and for the patches."""
+        rows, columns = self.position_grid or self._grid(pair(self.image_size))
+        times = self.frames // self.tubelet
+        classes = self._classes if self.position_prefix else 0
+        shape = (1, classes + times * rows * columns, self.width)
+        initial, axes = nn.initializers.normal(self.width**-0.5), (None, "position", "embed")
+        table = self.param("position_embedding", named(initial, *axes), shape)
+        patches = table[:, classes:].reshape(times, rows, columns, self.width)
+        how = (self.position_method, self.position_antialias)
+        if packed is None:
+            patches = resize_positions(patches, grid, *how).reshape(1, -1, self.width)
         else:
-            pooled = AttentionPool(
+            patches = sample_positions(patches[0], packed.positions, packed.token_grids, *how)
+        return table[:, :classes] if classes else 0.0, patches
+
+    def _prefix_tokens(self, name: str, count: int, tokens: jax.Array) -> jax.Array:
+        """``count`` learned tokens for every row."""
+        initial = named(nn.initializers.normal(self.width**-0.5), None, None, "embed")
+        learned = self.param(name, initial, (1, count, self.width)).astype(tokens.dtype)
+        return jnp.broadcast_to(learned, (tokens.shape[0], count, self.width))
+
+    def _drop_patches(
+        self, tokens: jax.Array, rotation: Rotation | None
+    ) -> tuple[jax.Array, Rotation | None]:
+        """Keeps int(N (1 - patch_dropout)) random patches per image, in their order, and the prefix."""
+        patches = tokens[:, self._prefix :]
+        batch, count = patches.shape[:2]
+        kept = max(1, int(count * (1 - self.patch_dropout)))
+        noise = jax.random.uniform(self.make_rng("dropout"), (batch, count))
+        chosen = jnp.sort(jnp.argsort(noise, axis=1)[:, :kept], axis=1)[..., None]  # [B, kept, 1]
+
+        def keep(entries: jax.Array) -> jax.Array:
+            entries = jnp.broadcast_to(entries, (batch, *entries.shape[1:]))
+            patches = jnp.take_along_axis(entries[:, self._prefix :], chosen, axis=1)
+            return jnp.concatenate([entries[:, : self._prefix], patches], axis=1)
+
+        return keep(tokens), None if rotation is None else Rotation(*map(keep, rotation))
+
+    def _outputs(self, tokens: jax.Array, packed: Packed | None) -> dict[str, Any]:
+        """Norms and pools what the last block gave."""
+        if self.final_norm:
+            tokens = self._norm("final_norm", tokens)
+        prefix, tokens = tokens[:, : self._prefix], tokens[:, self._prefix :]
+        outputs: dict[str, Any] = {"tokens": tokens}
+        if self._prefix:
+            outputs["prefix"] = prefix
+        if self.pool == "none":
+            return outputs
+        members = None if packed is None else packed.members
+        if self.pool == "cls":
+            pooled = prefix[:, 0] if members is None else prefix[:, :1]
+        elif self.pool == "mean":
+            pooled = mean_pool(tokens, members)
+        else:
+            head = AttentionPool(
                 self.heads,
-                round(self.mlp_ratio * self.width),
+                self._hidden_width,
                 self.activation,
                 self.norm,
                 self.epsilon,
                 self.dtype,
+                self.gated,
                 name="pool_head",
-            )(tokens)
+            )
+            pooled = head(tokens, members)
+        if self.pool_norm:
+            pooled = self._norm("pool_norm", pooled)
+        if self.pooler:
+            axes, stddev = ("embed", None), self.width**-0.5
+            pooled = jnp.tanh(dense(self.width, axes, stddev=stddev, name="pooler", dtype=self.dtype)(pooled))
         embedding = pooled
         if self.embedding is not None:
-            embedding = Projection(self.embedding, self.dtype, name="projection")(pooled)  # [B, E]
-        return {"tokens": tokens, "pooled": pooled, "embedding": embedding}
-
-    def _add_positions(self, tokens: jax.Array) -> jax.Array:
-        """Adds the learned position table, the class token's row included, and the class token itself."""
-        initial, axes = nn.initializers.normal(self.width**-0.5), (None, "position", "embed")
-        classes = int(self.pool == "cls")
-        shape = (1, tokens.shape[1] + classes, self.width)
-        positions = self.param("position_embedding", named(initial, *axes), shape).astype(tokens.dtype)
-        if classes:
-            cls = self.param("class_token", named(initial, None, None, "embed"), (1, 1, self.width))
-            cls = jnp.broadcast_to(cls.astype(tokens.dtype), (tokens.shape[0], 1, self.width))
-            tokens = jnp.concatenate([cls, tokens], axis=1)
-        return tokens + positions
-
-    def _drop_patches(self, tokens: jax.Array) -> jax.Array:
-        """Keeps int(N (1 - patch_dropout)) random patches per image, in their order, and the class token."""
-        classes = int(self.pool == "cls")
-        patches = tokens[:, classes:]
-        batch, count = patches.shape[:2]
-        kept = max(1, int(count * (1 - self.patch_dropout)))
-        noise = jax.random.uniform(self.make_rng("dropout"), (batch, count))
-        chosen = jnp.sort(jnp.argsort(noise, axis=1)[:, :kept], axis=1)  # [B, kept]
-        patches = jnp.take_along_axis(patches, chosen[..., None], axis=1)
-        return jnp.concatenate([tokens[:, :classes], patches], axis=1)
+            project = Projection(self.embedding, self.dtype, self.projection_bias, name="projection")
+            embedding = project(pooled)  # [B, E]
+        if members is not None:
+            present = members.any(axis=-1)[..., None]
+            pooled, embedding = jnp.where(present, pooled, 0), jnp.where(present, embedding, 0)
+        return {**outputs, "pooled": pooled, "embedding": embedding}

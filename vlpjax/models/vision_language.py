@@ -1,0 +1,379 @@
+"""Images between words: an image tower, a connector and a language model that reads both as one sequence.
+
+:class:`VisionLanguageModel` has a decoder behind the connector and gives LLaVA, LLaVA-NeXT and PaliGemma by its
+fields.  A prompt holds one placeholder id per image token; :func:`expand_prompts` writes them and
+:func:`generate_with_images` answers prompts.  BLIP-2, whose images pass through a Q-Former, is in
+:mod:`vlpjax.models.blip2`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from vlpjax.errors import UserError
+from vlpjax.models.decoder import Decoder, prefix_causal
+from vlpjax.models.generate import Generation, generate
+from vlpjax.models.layers import KeyValues, named
+from vlpjax.parallel.attention import Interval
+
+NEWLINE, NOTHING = -1, -2  # in an arrangement: the learned end of a row of image tokens, and padding
+
+Size = tuple[int, int]  # height and width
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How an image of any size is cut: a small copy of the whole, and tiles that show it larger.
+
+    The image is resized to fit into one of the resolutions, centred there, and cut.  Of the tiles' tokens those that
+    show nothing but border are left out, and each row of the rest ends in a learned token.  Which tokens these are
+    depends on sizes alone, so that it is known before a model runs, and is an array for it.
+
+    Source: "Improved Baselines with Visual Instruction Tuning", arXiv 2310.03744, section 3.4; released as LLaVA-NeXT.
+
+    Attributes:
+      tile: side of a tile, and of the small copy, in pixels.
+      grid: tokens along a tile's side.
+      resolutions: heights and widths that an image may be resized to, in pixels; multiples of ``tile``.
+    """
+
+    tile: int
+    grid: int
+    resolutions: tuple[Size, ...]
+
+    def __post_init__(self) -> None:
+        wrong = [size for size in self.resolutions if min(size) < 1 or any(side % self.tile for side in size)]
+        if wrong or not self.resolutions:
+            raise UserError(
+                f"Tiling.resolutions is {self.resolutions}; it takes heights and widths that are multiples of "
+                f"tile={self.tile}, at least one."
+            )
+
+    def resolution(self, size: Size) -> Size:
+        """Which of the resolutions an image of this size is shown in: the most of its pixels, then the least border."""
+
+        def rank(resolution: Size) -> tuple[int, int]:
+            scale = min(resolution[1] / size[1], resolution[0] / size[0])
+            shown = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
+            return shown, shown - resolution[0] * resolution[1]
+
+        return max(self.resolutions, key=rank)
+
+    def tiles(self, size: Size) -> int:
+        """Images that the tower sees of an image of this size: the small copy and the tiles."""
+        height, width = self.resolution(size)
+        return 1 + (height // self.tile) * (width // self.tile)
+
+    def arrangement(self, size: Size) -> np.ndarray:
+        """Image tokens of an image of this size, in order.
+
+        Returns:
+          int32 [tokens]: of the small copy, then of the rows of the tiles' common grid without the border, each with
+          ``NEWLINE`` behind.  Numbers count tokens through the tower's images, the small copy first.
+        """
+        height, width = (side // self.tile for side in self.resolution(size))
+        tiles = np.arange(height * width * self.grid**2).reshape(height, width, self.grid, self.grid)
+        common = tiles.swapaxes(1, 2).reshape(height * self.grid, width * self.grid) + self.grid**2
+        rows = np.pad(_without_border(common, size), [(0, 0), (0, 1)], constant_values=NEWLINE)
+        return np.concatenate([np.arange(self.grid**2), rows.ravel()]).astype(np.int32)
+
+    def arrangements(self, sizes: Sequence[Sequence[Size]]) -> Int[np.ndarray, "batch tokens"]:
+        """What a batch gives :class:`VisionLanguageModel`, by the sizes of each row's images.
+
+        All rows' images are padded to as many as the row with the most has; so are image tokens, with ``NOTHING``.
+        """
+        rows = []
+        for images in sizes:
+            before, parts = 0, [np.zeros(0, np.int32)]
+            for size in images:
+                own = self.arrangement(size)
+                parts.append(np.where(own == NEWLINE, NEWLINE, own + before))
+                before += self.tiles(size) * self.grid**2
+            rows.append(np.concatenate(parts))
+        longest = max(len(row) for row in rows)
+        padded = [np.pad(row, (0, longest - len(row)), constant_values=NOTHING) for row in rows]
+        return np.stack(padded).astype(np.int32)
+
+
+def _without_border(grid: np.ndarray, size: Size) -> np.ndarray:
+    """The rows or columns in the middle of a grid on which an image of this size is centred."""
+    rows, columns = grid.shape
+    height, width = size
+    # Rounded as the published model was trained: a border of 2 x 1.5 tokens is one of 1.
+    if width / height > columns / rows:
+        border = (rows - int(round(height * (columns / width), 7))) // 2
+        return grid[border : rows - border]
+    border = (columns - int(round(width * (rows / height), 7))) // 2
+    return grid[:, border : columns - border]
+
+
+def insert_images(
+    embeddings: Float[Array, "batch tokens width"],
+    placeholders: Bool[Array, "batch tokens"],
+    image_tokens: Float[Array, "batch image_tokens width"],
+) -> Float[Array, "batch tokens width"]:
+    """The k-th placeholder of each row becomes the row's k-th image token.
+
+    Image tokens for which there is no placeholder are left out (rows without an image have none).  A placeholder for
+    which there is no image token becomes NaN: a compiled program cannot raise, and this is seen in the first loss.
+    """
+    index = jnp.maximum(jnp.cumsum(placeholders, axis=1) - 1, 0)[..., None]
+    found = jnp.take_along_axis(image_tokens, index, axis=1, mode="fill", fill_value=jnp.nan)
+    return jnp.where(placeholders[..., None], found.astype(embeddings.dtype), embeddings)
+
+
+def expand_prompts(
+    prompts: Sequence[Sequence[int]], counts: Sequence[Sequence[int]], image_token: int
+) -> list[list[int]]:
+    """Prompts with one placeholder per image, to prompts with one per image token.
+
+    Args:
+      counts: per prompt, the number of tokens of each of its images.
+
+    Raises:
+      UserError: a prompt with another number of placeholders than of images.
+    """
+    if len(prompts) != len(counts):
+        raise UserError(f"There are {len(prompts)} prompts, but images of {len(counts)}.")
+    expanded = []
+    for row, (prompt, images) in enumerate(zip(prompts, counts, strict=True)):
+        found = sum(token == image_token for token in prompt)
+        if found != len(images):
+            raise UserError(
+                f"Prompt {row} has the image placeholder {image_token} {found} times, but {len(images)} images."
+            )
+        left = iter(images)
+        expanded.append(
+            [token for one in prompt for token in ([one] * next(left) if one == image_token else [one])]
+        )
+    return expanded
+
+
+class VisionLanguageModel(nn.Module):
+    """A decoder that sees images where its prompt has placeholders.
+
+    Image tokens enter as rows of the decoder's own scale: they are not multiplied by ``Decoder.embed_scale``, which
+    is why PaliGemma's published code divides them by it first.
+
+    Attributes:
+      image: the image tower, a :class:`vlpjax.models.vit.ViT`.
+      connector: from its tokens to the decoder's, one of :mod:`vlpjax.models.connectors`.
+      decoder: the language model.
+      image_token: the id that stands for an image token.
+      image_layers: blocks of the tower whose outputs, feature behind feature, are the image's tokens; None takes
+        its tokens after the final norm.
+      image_prefix: whether the tower's class tokens and registers are image tokens too, before the patches.
+      tiling: how images of any size are cut; there is then a learned ``image_newline``.  None: one size.
+      prefix_lm: whether prompts see all of themselves (PaliGemma, arXiv 2407.07726), so that calls must say how long
+        they are.
+
+    Parameters: ``image``, ``connector``, ``decoder``, and with a tiling ``image_newline`` [D].
+    """
+
+    image: nn.Module
+    connector: nn.Module
+    decoder: Decoder
+    image_token: int
+    image_layers: tuple[int, ...] | None = None
+    image_prefix: bool = False
+    tiling: Tiling | None = None
+    prefix_lm: bool = False
+
+    def setup(self) -> None:
+        if self.tiling is not None:
+            width = self.decoder.width
+            initial = named(nn.initializers.normal(width**-0.5), "embed")
+            self.newline = self.param("image_newline", initial, (width,))
+
+    def encode_images(
+        self,
+        images: Float[Array, "batch *images height width channels"],
+        arrangement: Int[Array, "batch image_tokens"] | None = None,
+        *,
+        train: bool = False,
+    ) -> Float[Array, "batch image_tokens width"]:
+        """The decoder's rows for each row's images, one after the other.
+
+        Args:
+          images: one per row, or several, of which some may be padding at the end.
+          arrangement: of :meth:`Tiling.arrangements`; None takes all tokens as they come.
+        """
+        each = images if images.ndim == 5 else images[:, None]  # [B, I, H, W, C]
+        outputs = self.image(each.reshape(-1, *each.shape[2:]), hidden=self.image_layers or (), train=train)
+        tokens = self.connector(self._chosen(outputs))
+        tokens = tokens.reshape(each.shape[0], -1, tokens.shape[-1])  # [B, I N, D]
+        if arrangement is None:
+            return tokens
+        if self.tiling is None:
+            raise UserError("An arrangement of image tokens was given to a model whose tiling is None.")
+        newline = jnp.broadcast_to(self.newline, (tokens.shape[0], 1, tokens.shape[-1])).astype(tokens.dtype)
+        count = tokens.shape[1]
+        tokens = jnp.concatenate([tokens, newline], axis=1)
+        place = jnp.where(
+            arrangement == NEWLINE, count, jnp.where(arrangement == NOTHING, count + 1, arrangement)
+        )
+        arranged: jax.Array = jnp.take_along_axis(
+            tokens, place[..., None], axis=1, mode="fill", fill_value=jnp.nan
+        )
+        return arranged
+
+    def _chosen(self, outputs: dict[str, Any]) -> jax.Array:
+        """Of what the image tower gave, the tokens for the connector."""
+        patches = outputs["tokens"]
+        if self.image_layers is None:
+            shown = [outputs["prefix"]] if self.image_prefix and "prefix" in outputs else []
+            return jnp.concatenate([*shown, patches], axis=1)
+        states = jnp.concatenate([outputs["hidden"][layer] for layer in self.image_layers], axis=-1)
+        return states if self.image_prefix else states[:, states.shape[1] - patches.shape[1] :]
+
+    def embed(
+        self,
+        ids: Int[Array, "batch tokens"],
+        image_tokens: Float[Array, "batch image_tokens width"] | None = None,
+    ) -> Float[Array, "batch tokens width"]:
+        """What the decoder takes as ``embeddings``: the words', with the image tokens in place of placeholders."""
+        if image_tokens is None:
+            return self.decoder.embed(ids)
+        placeholders = ids == self.image_token
+        # The placeholder may lie behind the vocabulary.
+        return insert_images(self.decoder.embed(jnp.where(placeholders, 0, ids)), placeholders, image_tokens)
+
+    def embed_prompts(
+        self, ids: jax.Array, images: jax.Array | None = None, arrangement: jax.Array | None = None
+    ) -> Float[Array, "batch tokens width"]:
+        """:meth:`embed` of the images themselves."""
+        return self.embed(ids, None if images is None else self.encode_images(images, arrangement))
+
+    def __call__(
+        self,
+        ids: Int[Array, "batch tokens"],
+        images: Float[Array, "batch *images height width channels"] | None = None,
+        prefix: Int[Array, " batch"] | None = None,
+        *,
+        arrangement: Int[Array, "batch image_tokens"] | None = None,
+        positions: Int[Array, "*three #batch tokens"] | None = None,
+        segment_ids: Int[Array, "batch tokens"] | None = None,
+        interval: Interval | None = None,
+        mask: Bool[Array, "#batch tokens keys"] | None = None,
+        cache: KeyValues | None = None,
+        start: Int[Array, ""] | int = 0,
+        hidden: Sequence[int] = (),
+        attention: Sequence[int] = (),
+        logits: bool = True,
+        train: bool = False,
+    ) -> dict[str, Any]:
+        """Reads texts with images in them.
+
+        Args:
+          ids: with as many placeholders in each row as its images have tokens.
+          images: of :meth:`encode_images`; None reads text (what follows a cache, or a text without images).
+          prefix: how many of each row's first tokens, images among them, see one another, in local layers too; what
+            follows sees what stands before it.
+          arrangement: of :meth:`encode_images`.
+          positions, segment_ids, interval, mask, cache, start, hidden, attention, logits, train: of
+            :class:`vlpjax.models.decoder.Decoder`.
+
+        Returns:
+          What the decoder does, and ``"image_tokens"`` [B, K, D] or None.
+
+        Raises:
+          UserError: a ``prefix`` beside an interval, or none for a model with ``prefix_lm``.
+        """
+        local_interval = None
+        if prefix is not None:
+            if interval is not None:
+                raise UserError("A prefix and an interval were given; both say what tokens see: give one.")
+            interval = prefix_causal(prefix, ids.shape[1])
+            local_interval = prefix_causal(prefix, ids.shape[1], self.decoder.window)
+        elif self.prefix_lm and images is not None and interval is None and mask is None:
+            raise UserError(
+                "This model's prompts see all of themselves (prefix_lm), so it needs prefix, their lengths in tokens."
+            )
+        image_tokens = None if images is None else self.encode_images(images, arrangement, train=train)
+        outputs = self.decoder(
+            embeddings=self.embed(ids, image_tokens),
+            positions=positions,
+            segment_ids=segment_ids,
+            interval=interval,
+            local_interval=local_interval,
+            mask=mask,
+            cache=cache,
+            start=start,
+            hidden=hidden,
+            attention=attention,
+            logits=logits,
+            train=train,
+        )
+        return {**outputs, "image_tokens": image_tokens}
+
+
+@functools.partial(jax.jit, static_argnames=("model", "method"))
+def _apply(model: VisionLanguageModel, variables: Any, method: str, *inputs: Any) -> jax.Array:
+    return jnp.asarray(model.apply(variables, *inputs, method=method))
+
+
+def generate_with_images(
+    model: VisionLanguageModel,
+    variables: Any,
+    prompts: Int[Array, "batch prompt"],
+    images: Float[Array, "batch *images height width channels"] | None = None,
+    *,
+    arrangement: Int[Array, "batch image_tokens"] | None = None,
+    **options: Any,
+) -> Generation:
+    """Continues prompts with images in them.
+
+    Args:
+      prompts: with as many placeholders in each row as its images have tokens.
+      images, arrangement: of :meth:`VisionLanguageModel.encode_images`.
+      options: of :func:`vlpjax.models.generate.generate`; ``prefix_lm`` is the model's unless it is given.
+
+    Raises:
+      UserError: a row with another number of placeholders than its images have tokens; and what ``generate`` raises.
+    """
+    ids = np.asarray(prompts, np.int32)
+    options = {"prefix_lm": model.prefix_lm, **options}
+    if images is None:
+        embeddings = _apply(model, variables, "embed", ids)
+    else:
+        image_tokens = _apply(model, variables, "encode_images", images, arrangement)
+        check_placeholders(ids, model.image_token, _image_tokens(image_tokens.shape[1], images, arrangement))
+        embeddings = _apply(model, variables, "embed", ids, image_tokens)
+    decoder = {"params": variables["params"]["decoder"]}
+    return generate(model.decoder, decoder, jnp.asarray(ids), embeddings=embeddings, **options)
+
+
+def check_placeholders(ids: np.ndarray, image_token: int, counts: Sequence[Sequence[int]]) -> None:
+    """Whether each row has as many placeholders as image tokens, or as the first of its images have (or none).
+
+    Args:
+      counts: per row, the tokens of each image; images at the end may be padding.
+
+    Raises:
+      UserError: a row for which this does not hold.
+    """
+    for row, (tokens, images) in enumerate(zip(ids, counts, strict=True)):
+        found, sums = int(np.sum(tokens == image_token)), np.cumsum([0, *images]).tolist()
+        if found not in sums:
+            raise UserError(
+                f"Row {row} has the image placeholder {image_token} {found} times, but its images have {sums[-1]} "
+                "tokens."
+            )
+
+
+def _image_tokens(count: int, images: Any, arrangement: Any) -> list[list[int]]:
+    """Per row, the tokens of each of its images (arranged ones are counted together)."""
+    batch = len(images)
+    if arrangement is not None:
+        return [[int(number)] for number in np.sum(np.asarray(arrangement) != NOTHING, axis=1)]
+    each = images.shape[1] if images.ndim == 5 else 1
+    return [[count // each] * each] * batch
