@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from vlpjax.data import transforms as T
-from vlpjax.data.cache import Decoded
+from vlpjax.data.cache import Prepared
 from vlpjax.data.paths import resolve_path
 from vlpjax.data.pipeline import Pipeline, generator, name_key
 from vlpjax.data.sources import TFDS, draw
@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--no_jitter", action="store_true", help="leave out the colour jitter on both sides")
     parser.add_argument(
-        "--cached", action="store_true", help="our side keeps decoded images in memory (Decoded)"
+        "--cached", action="store_true", help="our side keeps decoded images in memory (Prepared)"
     )
     parser.add_argument("--torch", action="store_true", help="compare with a PyTorch DataLoader")
     options = parser.parse_args()
@@ -343,7 +343,7 @@ def main() -> None:
     )
     jitter, ahead = not options.no_jitter, 2 * max(1, options.workers)
     pipeline = Pipeline(
-        source=Decoded(source) if options.cached else source,
+        source=Prepared(source, {"decode": T.Decode()}) if options.cached else source,
         transforms=our_transforms(options.size, tokenizer, jitter),
         batch_size=options.batch_size,
         workers=options.workers,

@@ -1,0 +1,91 @@
+"""``Family``: what is to be known about an architecture of another library to exchange weights with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vlpjax.models.towers import Towers
+from vlpjax.weights.layout import Rule
+
+COLLECTIONS = ("params", "batch_stats")  # of Flax variables: what is learned, and running statistics
+
+
+def patch_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes of the axes p, q and c (height, width, channels of a patch) by the usual fields of a config."""
+    vision = config.get("vision_config") or config
+    patch = vision.get("patch_size")
+    if patch is None:
+        return {}
+    height, width = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    return {"p": height, "q": width, "c": vision.get("num_channels", 3)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture as others write it down.
+
+    Attributes:
+      name: ours, such as ``"clip"``; the file in :mod:`vlpjax.weights.families` has it too.
+      model_types: values of ``model_type`` in ``config.json`` that it answers; the first one is written.
+      architecture: class name that is written as ``architectures`` in ``config.json``, unless ``describe`` gives
+        ``"architectures"`` itself; empty for formats of others than `transformers`, which have no such fields.
+      build: makes the module of a ``config.json``: one tower, or :class:`~vlpjax.models.towers.Towers` of several.
+        ``UserError`` for options that our modules do not have, naming field and value.
+      describe: the inverse: the fields of ``config.json`` for a module.  ``UserError`` if the architecture cannot
+        hold it, naming the field of the module.
+      rules: of parameters and tensors, in order of preference: where two tensors may hold one parameter (an older
+        and a newer spelling), the first is written and either is read.  A rule that finds nothing is not used.
+      example: arguments of the module for shape inference: a tuple of ``jax.ShapeDtypeStruct`` for one tower; for
+        ``Towers`` a dict of such tuples per tower (``()`` for a head without arguments).
+      sizes: of a config, the sizes of axes that no shape of ours determines.
+      ignored: regular expressions of tensor names that hold nothing that is learned.
+      tied: (copy, original) names of tensors, with placeholders, of which the first repeats the second when a
+        config ties them.  Copies are not written; if a file has only the copy, it is read in its place.
+      config_file, weights_file: names of the files that are written.
+      prefixes: that wrapping classes put before names, such as ``"bert."``; read with or without, written without.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    architecture: str
+    build: Callable[[dict[str, Any]], nn.Module]
+    describe: Callable[[nn.Module], dict[str, Any]]
+    rules: tuple[Rule, ...]
+    example: Callable[[nn.Module], Any]
+    sizes: Callable[[Mapping[str, Any]], Mapping[str, int]] = patch_sizes
+    ignored: tuple[str, ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
+    prefixes: tuple[str, ...] = ("",)
+    config_file: str = "config.json"
+    weights_file: str = "model.safetensors"
+
+
+def boxed_shapes(family: Family, model: nn.Module) -> Any:
+    """Shapes of all variables, with the logical axes of parameters; nothing is computed."""
+    shapes = jax.eval_shape(lambda example: _initialize(model, example, 0), family.example(model))
+    return {name: tree for name, tree in shapes.items() if name in COLLECTIONS}
+
+
+def initial_variables(family: Family, model: nn.Module, seed: int = 0) -> Any:
+    """Random variables of a module, as its initializers make them, without axis names: for tests and examples."""
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), family.example(model))
+    variables = nn.meta.unbox(jax.jit(lambda example: _initialize(model, example, seed))(zeros))
+    return {name: tree for name, tree in variables.items() if name in COLLECTIONS}
+
+
+def _initialize(model: nn.Module, example: Any, seed: int) -> Any:
+    """All variables; of towers by calling each with its own arguments."""
+    rngs = {"params": jax.random.key(seed), "dropout": jax.random.key(seed + 1)}
+    if not isinstance(model, Towers):
+        return model.init(rngs, *example)
+
+    def call_all(towers: Towers) -> dict[str, Any]:
+        return {name: towers.call(name, *arguments) for name, arguments in example.items()}
+
+    return model.init(rngs, method=call_all)
