@@ -14,7 +14,7 @@ from grain import transforms as grain_transforms
 from PIL import Image
 
 from vlpjax.data import transforms as T
-from vlpjax.data.cache import Decoded
+from vlpjax.data.cache import Prepared
 from vlpjax.data.pipeline import Pipeline, generator, name_key
 from vlpjax.data.sources import Concat, Mixture
 from vlpjax.errors import UserError
@@ -289,13 +289,53 @@ def test_images_of_different_shapes_are_named_in_the_error():
         plain(Growing(), transforms={}, shuffle=False).batch(0)
 
 
-def test_remembered_images_give_the_same_batches():
-    cached = augmented(source=Decoded(Images(20, broken=(2,))))
+def test_remembered_examples_give_the_same_batches():
+    images = Images(20, broken=(2,))
+    decode = {"decode": T.Decode(), "resize": T.Resize(24)}
+    cached = augmented(source=Prepared(images, decode))
+    plainly = augmented(source=images)
+    plainly = dataclasses.replace(plainly, transforms={**decode, **plainly.transforms})
     for _ in range(2):
-        assert_same(cached.batch(3), augmented(source=Images(20, broken=(2,))).batch(3))
-    assert cached.source.fingerprint() == Images(20).fingerprint()
+        assert_same(cached.batch(3), plainly.batch(3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted(grain_transforms.Map):
+    """Counts how often it is done."""
+
+    calls: list[int] = dataclasses.field(default_factory=list)
+
+    def map(self, element: dict[str, Any]) -> dict[str, Any]:
+        self.calls.append(element["label"])
+        return element
+
+
+@pytest.mark.parametrize(("room", "times"), [(1 << 20, 1), (0, 3)])
+def test_each_example_is_prepared_once_while_there_is_room(room, times):
+    counted = Counted()
+    source = Prepared(Images(4), {"decode": T.Decode(), "count": counted}, max_bytes=room)
+    for _ in range(3):
+        source[2]["label"] = 7  # what a reader does to its example is its own business
+    assert source[2]["label"] == 2
+    assert counted.calls[:times] == [2] * times
+    assert len(counted.calls) == times + (room == 0)
+
+
+def test_what_was_prepared_is_part_of_the_fingerprint():
+    sources = (
+        Images(),
+        Prepared(Images(), {}),
+        Prepared(Images(), {"r": T.Resize(8)}),
+        Prepared(Images(), {"r": T.Resize(9)}),
+    )
+    assert len({source.fingerprint() for source in sources}) == 4
+
+
+def test_only_what_draws_nothing_can_be_remembered():
     with pytest.raises(UserError, match="wrap its parts"):
-        Decoded(Mixture({"a": Images()}))
+        Prepared(Mixture({"a": Images()}), {})
+    with pytest.raises(UserError, match=r"Prepared.transforms has 'noise'.*only a grain Map"):
+        Prepared(Images(), {"noise": Noise("noise")})
 
 
 # --- the data record ----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from data_pipelines import train_tokenizer
 from data_pipelines.emoji1594 import __main__ as command
 from data_pipelines.emoji1594 import captions, concepts, fetch, render
+from vlpjax.data.tokenizer_making import train_sentencepiece
 from vlpjax.errors import UserError
 
 BUNDLED = pathlib.Path(__file__).parents[2] / "vlpjax" / "data" / "bundled"
@@ -340,7 +341,7 @@ def test_training_gives_the_bundled_tokenizer():
     texts = train_tokenizer.sentences(
         *train_tokenizer.read_captions(BUNDLED / "emoji1594" / "1.0.0"), train_tokenizer.TEMPLATES
     )
-    model = train_tokenizer.train(texts)
+    model = train_sentencepiece(texts, train_tokenizer.VOCAB_SIZE)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     bundled = sentencepiece.SentencePieceProcessor(model_file=str(BUNDLED / "emoji1594.spm.model"))
     assert [pieces.id_to_piece(i) for i in range(3000)] == [bundled.id_to_piece(i) for i in range(3000)]

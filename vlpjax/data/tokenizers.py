@@ -12,12 +12,14 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vlpjax.data import protobuf
 from vlpjax.data.paths import resolve_path
 from vlpjax.errors import UserError
 
@@ -40,6 +42,22 @@ class Tokenizer(abc.ABC):
         """Ids of `text` without begin and end ids."""
 
     @abc.abstractmethod
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of `text`, and for each where in it the token comes from: (first character, one past the last).
+
+        Several tokens that spell one character have that character's place.  Blanks that only part words belong
+        to no token, to the one before or to the one after, as the model has it.
+        """
+
+    @abc.abstractmethod
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the tokenizer into `folder` as the files that `transformers` reads.
+
+        Raises:
+          UserError: the folder cannot be made.
+        """
+
+    @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; padding, begin and end ids are left out."""
 
@@ -50,8 +68,13 @@ class Tokenizer(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def own_pad_id(self) -> int | None:
+        """Id of the vocabulary's token for padding."""
+
+    @property
     def pad_id(self) -> int:
         """Id that fills a row; 0 where the vocabulary has no token of its own for it."""
+        return self.own_pad_id or 0
 
     @property
     @abc.abstractmethod
@@ -124,6 +147,30 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        # The message is read by hand: its class has had three names in the versions that setup.py allows.
+        message = self._model.encode(text, out_type="serialized_proto")
+        pieces = [protobuf.message(piece) for number, piece in protobuf.fields(message) if number == 2]
+        ids = [int(piece.get(2, 0)) for piece in pieces]
+        data = text.encode("utf-8")
+        places, end = [], 0
+        for index, piece in reversed(list(zip(ids, pieces, strict=True))):
+            first, last = int(piece.get(4, 0)), int(piece.get(5, 0))
+            if first < last or not self._model.is_byte(index):
+                end = last
+            # Of a character that is spelled in bytes, only the last byte is given its place.
+            places.append(tuple(len(data[:at].decode("utf-8", "ignore")) for at in (first, max(last, end))))
+        return ids, [(first, last) for first, last in reversed(places)]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes ``spiece.model``, a ``tokenizer.json`` of the same ids, and the names of the special tokens."""
+        from vlpjax.data.tokenizer_making import sentencepiece_as_json
+
+        converted, target = sentencepiece_as_json(self._file), _folder(folder)
+        (target / "spiece.model").write_bytes(Path(self._file).read_bytes())
+        converted.save(str(target / "tokenizer.json"))
+        _write_names(target, self, self._model.id_to_piece)
+
     def decode(self, ids: Iterable[int]) -> str:
         special = {self.pad_id, self.bos_id, self.eos_id}
         return self._model.decode([int(i) for i in ids if int(i) not in special])
@@ -133,8 +180,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.vocab_size()
 
     @functools.cached_property
-    def pad_id(self) -> int:
-        return max(0, self._model.pad_id())
+    def own_pad_id(self) -> int | None:
+        return _or_none(self._model.pad_id())
 
     @functools.cached_property
     def bos_id(self) -> int | None:
@@ -147,6 +194,34 @@ class SentencePieceTokenizer(Tokenizer):
     @functools.cached_property
     def unk_id(self) -> int | None:
         return _or_none(self._model.unk_id())
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the folder {str(path)!r} for a tokenizer cannot be made: {error.strerror}"
+        ) from error
+    return Path(path)
+
+
+def _write_names(folder: Path, tokenizer: Tokenizer, name: Callable[[int], str]) -> None:
+    """Writes which tokens are special, by name, as ``tokenizer_config.json`` and ``special_tokens_map.json``."""
+    ids = {
+        "bos_token": tokenizer.bos_id,
+        "eos_token": tokenizer.eos_id,
+        "pad_token": tokenizer.own_pad_id,
+        "unk_token": tokenizer.unk_id,
+    }
+    names = {role: name(index) for role, index in ids.items() if index is not None}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **names,
+    }
+    for file, content in (("tokenizer_config.json", settings), ("special_tokens_map.json", names)):
+        (folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _or_none(index: int) -> int | None:
@@ -190,6 +265,16 @@ class JsonTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self._model.encode(text, add_special_tokens=False)
+        return encoding.ids, list(encoding.offsets)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes ``tokenizer.json``, the same bytes as were read, and the names of the special tokens."""
+        target = _folder(folder)
+        (target / "tokenizer.json").write_bytes(Path(self._file).read_bytes())
+        _write_names(target, self, self._model.id_to_token)
+
     def decode(self, ids: Iterable[int]) -> str:
         special = {self.pad_id, self.bos_id, self.eos_id}
         return self._model.decode([int(i) for i in ids if int(i) not in special])
@@ -199,8 +284,8 @@ class JsonTokenizer(Tokenizer):
         return self._special_ids[0]
 
     @functools.cached_property
-    def pad_id(self) -> int:
-        return self._special_ids[1] or 0
+    def own_pad_id(self) -> int | None:
+        return self._special_ids[1]
 
     @functools.cached_property
     def bos_id(self) -> int | None:
