@@ -21,14 +21,15 @@ LIBRARY = {file: text for file, text in FILES.items() if file.startswith("vlpjax
 # neighbours: this alone rules out every circle.
 LAYERS = (
     ("main",),
-    ("trainer", "describe"),
+    ("trainer", "describe", "exchange"),
     ("run",),
     ("step", "evaluators", "checkpoint", "workdir"),
     ("experiment", "state"),
     ("objectives", "teachers"),
+    ("weights",),
     ("models",),
     ("parallel", "data"),
-    ("optim", "observe", "config", "mesh"),
+    ("optim", "observe", "config", "mesh", "processes"),
     ("rules", "durations"),
     ("errors",),
 )

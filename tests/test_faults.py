@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
+import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,10 @@ from tests.tiny import ROOT, Slow, run_config
 from vlpjax import config as configs
 from vlpjax import main
 from vlpjax.checkpoint import Checkpoints
-from vlpjax.config import Config, spec
+from vlpjax.config import Config, spec, to_json
 from vlpjax.data.sources import ImageFolder
+from vlpjax.errors import UserError
+from vlpjax.observe.metrics import is_disk_full
 from vlpjax.workdir import claim
 
 EXPERIMENT = f"--config={ROOT / 'tests' / 'experiments_tiny.py'}"
@@ -167,9 +172,7 @@ def test_a_work_directory_of_another_experiment(told: Told, half_run: Path) -> N
 
 def test_a_second_process_in_a_work_directory(told: Told, tmp_path: Path) -> None:
     config = quick_config()
-    lock = claim(tmp_path / "run", config)
-    assert lock is not None
-    with lock:
+    with claim(tmp_path / "run", config):
         told.use(config)
         sentence = told.sentence(EXPERIMENT, f"--workdir={tmp_path / 'run'}")
     assert str(tmp_path / "run") in sentence
@@ -198,19 +201,67 @@ def test_a_checkpoint_without_its_record(told: Told, half_run: Path, tmp_path: P
     assert str(workdir / "checkpoints" / "12") in told.sentence(EXPERIMENT, f"--workdir={workdir}")
 
 
-def test_a_disk_that_is_full_for_metrics(told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writing = os.write
-
-    def full(descriptor: int, data: bytes) -> int:
-        if bytes(data).startswith(b'{"step"'):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return writing(descriptor, data)
-
-    monkeypatch.setattr(os, "write", full)
+@pytest.mark.parametrize(
+    ("file", "named"), [("config.tmp", "config.json"), ("metrics.jsonl", "metrics.jsonl")]
+)
+def test_a_disk_that_is_full(told: Told, tmp_path: Path, file: str, named: str) -> None:
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / file).symlink_to("/dev/full")  # whatever is written there finds no space
+    if named == "metrics.jsonl":
+        (workdir / "config.json").write_text(to_json(quick_config()))
     told.use(quick_config())
-    sentence = told.sentence(EXPERIMENT, f"--workdir={tmp_path / 'run'}")
+    sentence = told.sentence(EXPERIMENT, f"--workdir={workdir}")
     assert "No space left" in sentence
-    assert str(tmp_path / "run" / "metrics.jsonl") in sentence
+    assert str(workdir / named) in sentence
+
+
+@contextlib.contextmanager
+def no_file_may_exceed(size: int) -> Iterator[None]:
+    """Writing past ``size`` bytes fails in this process, as it does on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_while_a_checkpoint_is_written(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    noise = jax.random.normal(jax.random.key(0), (1 << 20,))
+    before: Any = {"noise": noise[:100]}
+    after: Any = {"noise": noise}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, before, {})
+    checkpoints.wait()
+    with (
+        no_file_may_exceed(1_000_000),
+        pytest.raises(UserError, match="There is no space left for checkpoints in .*/checkpoints; free some"),
+    ):
+        checkpoints.save(2, after, {})
+        checkpoints.wait()
+    checkpoints.close()
+    assert "Traceback" not in "".join(capfd.readouterr()) + caplog.text
+    again = Checkpoints(tmp_path)
+    assert again.latest == 1
+    as_it_was, sharding = jax.eval_shape(lambda: before), {"noise": noise.sharding}
+    np.testing.assert_array_equal(again.restore(1, as_it_was, sharding)[0]["noise"], before["noise"])
+    again.save(2, after, {})  # some was freed
+    again.wait()
+    assert again.latest == 2
+    again.close()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_known_by_number_by_words_and_inside_other_errors(code: int) -> None:
+    assert is_disk_full(OSError(code, "x"))
+    assert is_disk_full(ValueError(f"Failed to write 7 bytes: {os.strerror(code)} [os_error_code='{code}']"))
+    wrapped = RuntimeError("could not save")
+    wrapped.__cause__ = OSError(code, "x")
+    assert is_disk_full(wrapped)
+    assert not is_disk_full(OSError(errno.EACCES, "x"))
 
 
 def test_a_disk_that_is_full_for_checkpoints(

@@ -25,8 +25,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 SHORT = {
     "duration": "2 steps",
     "data.train.batch_size": "16",
-    "towers.image.stem_channels": "(8,8,8,8)",
-    "towers.image.width": "32",
+    "towers.image.channels": "(8,8,8,8)",
     "towers.text.width": "32",
 }
 
@@ -73,7 +72,7 @@ def test_every_block_is_of_a_kind_that_is_checked() -> None:
 def test_the_python_blocks_run_and_what_they_describe_trains(
     namespace: dict[str, Any], tmp_path: Path
 ) -> None:
-    sources, experiment, objective, composed = blocks("python")
+    sources, experiment, objective, composed, _ = blocks("python")
     exec(sources, namespace)
     exec(experiment, namespace)
     config = shorten(namespace["get_config"]())
@@ -87,6 +86,40 @@ def test_the_python_blocks_run_and_what_they_describe_trains(
     state = train(config, str(tmp_path / "own_objective"))
     assert "predict_predictor" in state.params
     assert set(state.teachers) == {"ema"}
+
+
+def tiny_clip(folder: Path) -> None:
+    """A folder of weights in the form of CLIP's."""
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(tower, vocab_size=64, max_position_embeddings=8, eos_token_id=63)
+    image = dict(tower, image_size=8, patch_size=4)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=8)).save_pretrained(folder)
+
+
+def test_weights_go_in_and_out_as_written(namespace: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoModel, CLIPVisionModelWithProjection
+
+    tiny_clip(tmp_path / "clip-vit-base-patch32")
+    exec(blocks("python")[-1], namespace)
+    theirs, ours = (
+        AutoModel.from_pretrained(tmp_path / name) for name in ("clip-vit-base-patch32", "my-clip")
+    )
+    assert {name: x.tolist() for name, x in theirs.state_dict().items()} == {
+        name: x.tolist() for name, x in ours.state_dict().items()
+    }
+    programs = [line for line in commands() if line.startswith("python tools/") and "torch" in line]
+    assert len(programs) == 2
+    for line in programs:
+        program = shlex.split(line.replace("FOLDER", "clip-vit-base-patch32"))
+        tool = importlib.import_module(program[1].removesuffix(".py").replace("/", "."))
+        assert tool.main(program[2:]) == 0
+    _, loading = CLIPVisionModelWithProjection.from_pretrained(
+        tmp_path / "my-tower", output_loading_info=True
+    )
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
 
 
 @pytest.mark.parametrize("command", [line for line in commands() if line.startswith("make ")])

@@ -13,7 +13,7 @@ NAMES = ["image/norm/scale", "image/block_0/kernel", "text/kernel"]
 
 
 def test_the_first_rule_that_matches_the_whole_name_wins() -> None:
-    rules = [("kernel", 0), (".*/kernel", 1), ("image/.*", 2), (".*", 3)]
+    rules = [("kernel", 0), ("image/block", 0), (".*/kernel", 1), ("image/.*", 2), (".*", 3)]
     matched = match_rules(rules, NAMES, "rules", strict=False)
     assert matched == {"image/norm/scale": 2, "image/block_0/kernel": 1, "text/kernel": 1}
 

@@ -20,6 +20,7 @@ from tests.tiny import ROOT, assert_trees_equal, command, run_command, run_confi
 from vlpjax import main
 from vlpjax.checkpoint import load_params
 from vlpjax.observe.metrics import read_jsonl
+from vlpjax.workdir import claim
 
 CONFIG = f"--config={ROOT / 'tests' / 'experiments_tiny.py'}"
 LIMIT = 240.0  # seconds that anything here may take
@@ -38,9 +39,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-def kill_when(workdir: Path, moment: Callable[[], bool]) -> None:
+def kill_when(workdir: Path, moment: Callable[[], bool], **environment: str) -> None:
     """Starts or continues the run in ``workdir``, and kills it at ``moment``."""
-    line, options = command(CONFIG, f"--workdir={workdir}", devices=8)
+    line, options = command(CONFIG, f"--workdir={workdir}", devices=8, **environment)
     process = subprocess.Popen(line, **options)
     begin = time.monotonic()
     while not moment():
@@ -49,6 +50,18 @@ def kill_when(workdir: Path, moment: Callable[[], bool]) -> None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+
+
+def kill_while_it_writes(workdir: Path, step: int, part: str) -> None:
+    """Kills the run two steps after ``step``, whose checkpoint is still without one of its parts."""
+    saved = workdir / "checkpoints"
+
+    def moment() -> bool:
+        return any(saved.glob(f"{step}.*/{part}.*")) and last_step(workdir) >= step + 2
+
+    kill_when(workdir, moment, TINY_HOLD=f"{step}:{part}")
+    assert any(saved.glob(f"{step}.*/{part}.*"))
+    assert not (saved / str(step)).exists()
 
 
 def last_step(workdir: Path) -> int:
@@ -67,17 +80,18 @@ def test_a_run_writes_a_line_per_step_and_per_evaluation(finished: Path) -> None
     assert (finished / "report.html").stat().st_size > 1000
 
 
-def test_a_run_killed_at_three_moments_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_four_moments_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
-    kill_when(workdir, lambda: last_step(workdir) >= 2)  # before the first checkpoint
-    assert not (workdir / "checkpoints" / "4").exists()
+    kill_while_it_writes(workdir, 4, "record")  # the first checkpoint: nothing is there to continue from
     kill_when(workdir, lambda: (workdir / "checkpoints" / "4").exists())  # right after a save
+    kill_while_it_writes(workdir, 8, "state")  # the one before is complete
     kill_when(workdir, lambda: last_step(workdir) >= 10)  # between saves
     assert not (workdir / "checkpoints" / "12").exists()
     done = run_command(CONFIG, f"--workdir={workdir}", devices=8)
     assert done.returncode == 0, done.stderr
     assert (workdir / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
     assert_trees_equal(load_params(str(workdir)), load_params(str(finished)))
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["12", "8"]
     for name in ("style", "zeroshot"):
         ours, theirs = (
             json.loads((path / "evaluations" / f"{name}.json").read_text()) for path in (workdir, finished)
@@ -120,8 +134,8 @@ def assert_same_values(ours: Path, theirs: Path) -> None:
             )
 
 
-def test_two_processes_train_and_evaluate_as_one(finished: Path, tmp_path: Path) -> None:
-    workdir = tmp_path / "run"
+def two_processes(workdir: Path) -> list[tuple[int, str]]:
+    """Runs the program in two processes with two devices each; returns how each ended and what it said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -137,17 +151,32 @@ def test_two_processes_train_and_evaluate_as_one(finished: Path, tmp_path: Path)
         )
         processes.append(subprocess.Popen(line, **options))
     try:
-        for process in processes:
-            told = process.communicate(timeout=LIMIT)
-            assert process.returncode == 0, told
+        told = ["".join(process.communicate(timeout=LIMIT)) for process in processes]
     finally:
         for process in processes:
             process.kill()
+    return [(process.returncode, text) for process, text in zip(processes, told, strict=True)]
+
+
+def test_two_processes_train_and_evaluate_as_one(finished: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    for code, told in two_processes(workdir):
+        assert code == 0, told
     assert_same_values(workdir, finished)
     assert json.loads((workdir / "environment.json").read_text())["mesh"]["fsdp"] == 4
     evaluation: dict[str, Any] = json.loads((workdir / "evaluations" / "style.json").read_text())
     assert evaluation["step"] == 12
     assert evaluation["examples"]
+
+
+def test_two_processes_end_together_when_the_first_cannot_have_the_directory(tmp_path: Path) -> None:
+    with claim(tmp_path / "run", run_config()):
+        ended = two_processes(tmp_path / "run")
+    for code, told in ended:
+        assert code == 2, told
+        assert f"error: Another process is training in {tmp_path / 'run'};" in told
+        assert "Traceback" not in told
+    assert "said by process 0 of 2" in ended[1][1]
 
 
 def test_an_evaluator_that_fails_is_a_metric_and_the_run_goes_on(

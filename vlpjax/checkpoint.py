@@ -7,7 +7,7 @@ shardings decide where every leaf goes, not the mesh that wrote it.
 from __future__ import annotations
 
 import contextlib
-import errno
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,17 @@ import jax
 import orbax.checkpoint as ocp
 
 from vlpjax.errors import UserError
+from vlpjax.observe.metrics import is_disk_full
 from vlpjax.rules import tree_names
 from vlpjax.state import TrainState
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether Orbax's log says what nobody else will: a full disk is raised as well, and told in a sentence."""
+    return not (record.exc_info and is_disk_full(record.exc_info[1]))
+
+
+logging.getLogger("absl").addFilter(_is_news)
 
 
 class Checkpoints:
@@ -94,11 +103,34 @@ class Checkpoints:
 
     def restore_params(self, step: int) -> dict[str, Any]:
         """The parameters of ``step`` on this machine's first device, whatever the rest of the state was."""
+        params: dict[str, Any] = self._restore_fields(step)["params"]
+        return params
+
+    def restore_variables(self, step: int, params: str = "student") -> dict[str, Any]:
+        """Flax variables of ``step``, likewise: the student's, or a teacher's where it has its own towers.
+
+        Raises:
+          UserError: there is no such teacher.
+        """
+        state = self._restore_fields(step)
+        chosen = state["params"]
+        teachers = state.get("teachers") or {}
+        if params != "student":
+            if params not in teachers:
+                known = ", ".join(map(repr, ("student", *teachers)))
+                raise UserError(
+                    f"{self.directory / str(step)} has no parameters of {params!r}; there are {known}."
+                )
+            chosen = {**chosen, **teachers[params]}
+        statistics = state.get("statistics") or {}
+        return {"params": chosen} | ({"batch_stats": statistics} if statistics else {})
+
+    def _restore_fields(self, step: int) -> dict[str, Any]:
         with self._told(step):
-            state = self._manager.restore(
+            state: dict[str, Any] = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore())
             ).state
-        return state["params"]
+        return state
 
     def wait(self) -> None:
         """Until everything that was started is on disk."""
@@ -117,17 +149,13 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             if isinstance(error, UserError):
                 raise
-            text = str(error)
-            full = (
-                getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "ENOSPC" in text
-            )
-            if full:
+            if is_disk_full(error):
                 raise UserError(
                     f"There is no space left for checkpoints in {self.directory}; free some and run the same command "
                     "again: it continues from the newest complete checkpoint."
                 ) from error
             if step is not None:
-                reason = next(iter(text.splitlines()), type(error).__name__)[:200]
+                reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
                 raise UserError(
                     f"The checkpoint {self.directory / str(step)} cannot be read ({reason}); delete that folder to "
                     "continue from an older one."
@@ -141,12 +169,28 @@ def load_params(workdir: str) -> dict[str, Any]:
     Raises:
       UserError: there is no such run, or it has no checkpoint yet.
     """
+    with _newest(workdir) as (checkpoints, step):
+        return checkpoints.restore_params(step)
+
+
+def load_variables(workdir: str, params: str = "student") -> dict[str, Any]:
+    """The newest Flax variables of the run in ``workdir``: the student's, or those of the teacher ``params``.
+
+    Raises:
+      UserError: there is no such run or teacher, or no checkpoint yet.
+    """
+    with _newest(workdir) as (checkpoints, step):
+        return checkpoints.restore_variables(step, params)
+
+
+@contextlib.contextmanager
+def _newest(workdir: str) -> Iterator[tuple[Checkpoints, int]]:
     if not (Path(workdir) / "checkpoints").is_dir():
         raise UserError(f"There is no run with checkpoints in {workdir!r}.")
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
         if checkpoints.latest is None:
             raise UserError(f"The run in {workdir!r} has no complete checkpoint yet.")
-        return checkpoints.restore_params(checkpoints.latest)
+        yield checkpoints, checkpoints.latest
     finally:
         checkpoints.close()

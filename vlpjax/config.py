@@ -29,6 +29,7 @@ __all__ = [
     "Config",
     "apply_overrides",
     "build",
+    "complete",
     "differences",
     "from_json",
     "leaves",
@@ -218,10 +219,24 @@ def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[tuple[str, Any, Any]]:
-    """The leaves in which two configs differ, as (path, ours, theirs); ``None`` where one has no such leaf."""
-    left, right = dict(leaves(ours)), dict(leaves(theirs))
+    """What differs between two configs, as (path, ours, theirs); ``None`` where one has no such leaf.
+
+    Specs inside tuples are compared field by field too: ``parts[0].width``.
+    """
+    left, right = dict(_inner_leaves(ours)), dict(_inner_leaves(theirs))
     paths = [*left, *(path for path in right if path not in left)]
     return [(path, left.get(path), right.get(path)) for path in paths if left.get(path) != right.get(path)]
+
+
+def _inner_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, ConfigDict) and len(value):
+        for key in value:
+            yield from _inner_leaves(value[key], f"{path}.{key}" if path else key)
+    elif isinstance(value, tuple) and any(isinstance(item, (ConfigDict, tuple)) for item in value):
+        for index, item in enumerate(value):
+            yield from _inner_leaves(item, f"{path}[{index}]")
+    else:
+        yield path, value
 
 
 def to_json(config: ConfigDict) -> str:
@@ -230,8 +245,27 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The config that :func:`to_json` wrote.  JSON's arrays become tuples, as all sequences in configs are."""
-    return Config(json.loads(text))
+    """The config that :func:`to_json` wrote.  JSON's arrays become tuples, as all sequences in configs are.
+
+    Raises:
+      ValueError: the text is no JSON object.
+    """
+    fields = json.loads(text)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{type(fields).__name__} instead of an object")
+    return Config(fields)
+
+
+def complete(config: ConfigDict) -> Config:
+    """The config with every spec in it as :func:`spec` would describe it today.
+
+    A field that a spec lacks gets the present default of its class.  So a config that was stored before a
+    field existed still equals the one that describes the same thing now.
+
+    Raises:
+      UserError: a spec names a class that cannot be imported, or a field that its class does not take.
+    """
+    return _completed(config, "config")
 
 
 def suggest(name: str, known: Any) -> str:
@@ -345,6 +379,33 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
     return value
+
+
+def _completed(value: Any, where: str) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(_completed(item, f"{where}[{index}]") for index, item in enumerate(value))
+    if not isinstance(value, ConfigDict):
+        return value
+    fields = {key: _completed(value[key], f"{where}.{key}") for key in value}
+    if TYPE not in fields:
+        return Config(fields)
+    try:
+        parameters = _parameters(resolve(fields[TYPE]))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    for name in fields:
+        if name != TYPE and name not in parameters:
+            raise UserError(
+                f"{where}: {_short(fields[TYPE])} has no field {name!r}{suggest(name, parameters)}."
+            )
+    defaults = {
+        name: item.default
+        for name, item in parameters.items()
+        if item.default is not item.empty and _is_plain(item.default)
+    }
+    return Config(
+        {name: (defaults | fields)[name] for name in (TYPE, *parameters) if name in defaults | fields}
+    )
 
 
 def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:

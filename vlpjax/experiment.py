@@ -59,20 +59,7 @@ class Experiment:
             not divide, or whatever a part says about its own fields.
         """
         dtype, reason = choose_precision(config.precision)
-        modules: dict[str, nn.Module] = {
-            name: _build_module(config.towers[name], dtype) for name in config.towers
-        }
-        objectives: dict[str, tuple[float, Objective]] = {}
-        for name in config.objectives:
-            objective = build(config.objectives[name].loss)
-            objectives[name] = (float(config.objectives[name].weight), objective)
-            for head, module in objective.heads().items():
-                full = head_name(name, head)
-                if full in modules:
-                    raise UserError(
-                        f"objectives.{name} adds a head {full!r}, but a tower already has that name."
-                    )
-                modules[full] = module
+        modules, objectives = build_modules(config, dtype)
         if not objectives:
             raise UserError("config.objectives is empty; name at least one objective.")
         if durations.batch_size % config.accumulate:
@@ -137,6 +124,32 @@ class Experiment:
         return self.towers.init(rngs, method=run)
 
 
+def build_modules(
+    config: ConfigDict, dtype: str
+) -> tuple[dict[str, nn.Module], dict[str, tuple[float, Objective]]]:
+    """The modules of an experiment (backbones and objectives' heads) and its objectives with their weights.
+
+    Args:
+      dtype: compute type of the backbones that do not set one.
+
+    Raises:
+      UserError: a head whose name collides with a tower.
+    """
+    modules: dict[str, nn.Module] = {
+        name: _build_module(config.towers[name], dtype) for name in config.towers
+    }
+    objectives: dict[str, tuple[float, Objective]] = {}
+    for name in config.objectives:
+        objective = build(config.objectives[name].loss)
+        objectives[name] = (float(config.objectives[name].weight), objective)
+        for head, module in objective.heads().items():
+            full = head_name(name, head)
+            if full in modules:
+                raise UserError(f"objectives.{name} adds a head {full!r}, but a tower already has that name.")
+            modules[full] = module
+    return modules, objectives
+
+
 def base_config() -> Config:
     """What every experiment has, with the settings that most of them keep.
 
@@ -157,6 +170,7 @@ def base_config() -> Config:
         mesh=dict(replica=1, fsdp=-1, ring=1, ulysses=1, tensor=1, expert=1),
         mesh_rules=(),  # (expression on "platform-kind-count", {dotted leaf: value}), first match wins
         sharding_rules={},  # logical axis -> mesh axes, over the default table
+        initialize={},  # tower -> spec(Pretrained, path=...): parameters from files of other libraries
         start=dict(run="", rules=((".*", True),)),  # parameters from another run's newest checkpoint
         checkpoint=dict(every="10%", keep=2),
         log=dict(every="10 steps"),

@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vlpjax.checkpoint import Checkpoints, load_params
-from vlpjax.config import build
+from vlpjax.config import build, suggest
 from vlpjax.data.feed import HostReport, feed
 from vlpjax.errors import UserError
 from vlpjax.evaluators.base import Evaluator, Result
@@ -24,10 +24,12 @@ from vlpjax.observe.profiling import parse_profile, trace
 from vlpjax.observe.progress import Progress
 from vlpjax.observe.report import write_report
 from vlpjax.observe.results import write_environment, write_evaluation
+from vlpjax.processes import agreed
 from vlpjax.rules import map_with_names, match_rules, tree_names
 from vlpjax.run import Run
 from vlpjax.state import TrainState, replicated_share
 from vlpjax.step import initial_state, make_train_step
+from vlpjax.weights.starting import Pretrained
 from vlpjax.workdir import claim
 
 log = logging.getLogger("vlpjax")
@@ -45,9 +47,11 @@ def train(config: ConfigDict, workdir: str, command: Sequence[str] = ()) -> Trai
       UserError: whatever is wrong with the config, the data, the machine or the directory, in one sentence.
     """
     clock = Clock()
-    run = Run.from_config(config)
-    # However the run ends, the directory is free afterwards.
-    with claim(workdir, config, write=jax.process_index() == 0) or contextlib.nullcontext():
+    with contextlib.ExitStack() as held:  # however the run ends, the directory is free afterwards
+        with agreed():
+            run = Run.from_config(config)
+            if jax.process_index() == 0:
+                held.enter_context(claim(workdir, config))
         return _train(run, workdir, command, clock)
 
 
@@ -57,7 +61,9 @@ def _train(run: Run, workdir: str, command: Sequence[str], clock: Clock) -> Trai
     evaluators = prepare_evaluators(run)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     state, start = restore_or_initialize(run, checkpoints, clock)
-    train_step = make_train_step(run.experiment, run.layout, run.abstract[1], run.layout.sharding("batch"))
+    train_step: Any = make_train_step(
+        run.experiment, run.layout, run.abstract[1], run.layout.sharding("batch")
+    )
     total, batch_size = run.total_steps, run.pipeline.batch_size
     log_every = run.every(config.log.every, "config.log.every")
     save_every = run.every(config.checkpoint.every, "config.checkpoint.every")
@@ -81,6 +87,8 @@ def _train(run: Run, workdir: str, command: Sequence[str], clock: Clock) -> Trai
             with jax.transfer_guard("disallow"):  # a hidden copy to or from a device is an error
                 if step == start + 1:
                     with clock.pause("compile"):
+                        with agreed():  # collectives give up soon on a process that still compiles
+                            train_step = train_step.lower(state, batch).compile()
                         state, metrics = jax.block_until_ready(train_step(state, batch))
                 else:
                     state, metrics = train_step(state, batch)
@@ -131,7 +139,7 @@ def restore_or_initialize(run: Run, checkpoints: Checkpoints, clock: Clock) -> t
 
     1. The newest complete checkpoint of this work directory: everything, the data's place and the clock too.
     2. ``config.start.run``: the parameters of another run that ``config.start.rules`` take; the rest is new.
-    3. New parameters, from the seed.
+    3. New parameters, from the seed; towers that ``config.initialize`` names take theirs from files of weights.
 
     In cases 2 and 3 teachers start as copies of the student, then take their own ``checkpoint`` if they name one.
     """
@@ -148,9 +156,10 @@ def restore_or_initialize(run: Run, checkpoints: Checkpoints, clock: Clock) -> t
         return state, newest
     make = jax.jit(lambda batch: initial_state(run.experiment, batch), out_shardings=shardings)
     sample = jax.tree.map(lambda x: jax.numpy.zeros((2, *x.shape[1:]), x.dtype), run.batch_shapes)
-    state = make(sample)
+    state = _initialized(run, make(sample))
     if run.config.start.run:
         state = state.replace(params=_take(run, state.params, load_params(run.config.start.run)))
+    if run.config.start.run or run.config.initialize:
         teachers = {name: teacher.initial(state.params) for name, teacher in run.experiment.teachers.items()}
         state = state.replace(teachers=jax.device_put(teachers, shardings.teachers))
     for name, teacher in run.experiment.teachers.items():
@@ -207,12 +216,13 @@ def evaluate(
 
 def evaluate_only(config: ConfigDict, workdir: str) -> dict[str, Result]:
     """``--mode=eval``: evaluates the newest checkpoint of a run and writes its report anew."""
-    run = Run.from_config(config)
-    if not (Path(workdir) / "checkpoints").is_dir():
-        raise UserError(f"There is no run with checkpoints in {workdir!r}; train one with --mode=train.")
+    with agreed():
+        run = Run.from_config(config)
+        if not (Path(workdir) / "checkpoints").is_dir():
+            raise UserError(f"There is no run with checkpoints in {workdir!r}; train one with --mode=train.")
+        if not config.evaluators:
+            raise UserError("config.evaluators is empty; there is nothing to evaluate.")
     evaluators = prepare_evaluators(run)
-    if not evaluators:
-        raise UserError("config.evaluators is empty; there is nothing to evaluate.")
     checkpoints = Checkpoints(workdir, read_only=True)
     if checkpoints.latest is None:
         raise UserError(f"The run in {workdir!r} has no complete checkpoint yet.")
@@ -286,6 +296,21 @@ def _introduce(run: Run, progress: Progress, start: int, command: Sequence[str],
 def _tell_replaced(report: HostReport, progress: Progress) -> None:
     for bad in report.bad:
         progress.message(f"bad example replaced: {bad}")
+
+
+def _initialized(run: Run, state: Any) -> Any:
+    """The state with the towers that ``config.initialize`` names filled from their files."""
+    pretrained: dict[str, Pretrained] = build(run.config.initialize)
+    makers = run.experiment.towers.makers
+    for name, weights in pretrained.items():
+        if name not in makers:
+            raise UserError(f"config.initialize names the tower {name!r}{suggest(name, makers)}.")
+        own = state.params[name], state.statistics.get(name, {})
+        params, statistics = weights.fill(name, makers[name](), *own)
+        state = state.replace(params={**state.params, name: params})
+        if statistics:
+            state = state.replace(statistics={**state.statistics, name: statistics})
+    return state
 
 
 def _take(run: Run, params: Any, given: Any) -> Any:

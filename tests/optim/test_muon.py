@@ -44,6 +44,29 @@ def test_matrices_move_equally_far_in_all_directions(path: str, rows: int, colum
     assert lengths.max() < 1.3 * expected
 
 
+def test_scanned_layers_move_as_unrolled_ones() -> None:
+    kernels = jnp.asarray(RNG.normal(size=(3, 16, 4, 8)), jnp.float32)
+    direction = muon()
+    scanned = {"image": {"blocks": {"query": {"kernel": kernels}}}}
+    unrolled = {"image": {f"block_{i}": {"query": {"kernel": kernel}} for i, kernel in enumerate(kernels)}}
+    (one, _), (each, _) = (direction.update(tree, direction.init(tree), tree) for tree in (scanned, unrolled))
+    stacked = jnp.stack([each["image"][f"block_{i}"]["query"]["kernel"] for i in range(3)])
+    np.testing.assert_allclose(one["image"]["blocks"]["query"]["kernel"], stacked, rtol=1e-4, atol=1e-4)
+
+
+def test_convolutions_and_projections_are_matrices_too_but_not_the_first_convolution() -> None:
+    shapes = {"convolution_0": (3, 3, 3, 8), "convolution_1": (3, 3, 8, 16)}
+    grads = {
+        name: {"kernel": jnp.asarray(RNG.normal(size=shape), jnp.float32)} for name, shape in shapes.items()
+    }
+    tree = {"image": grads}
+    updates, _ = muon(rate=10.0).update(tree, muon().init(tree), tree)
+    first, second = (updates["image"][name]["kernel"] for name in shapes)
+    np.testing.assert_allclose(np.abs(first), 1.0, rtol=1e-4)  # Adam's first step: the sign
+    lengths = np.linalg.svd(np.asarray(second).reshape(72, 16), compute_uv=False)
+    assert 6 < lengths.min() < lengths.max() < 13
+
+
 def test_everything_else_moves_as_with_adam() -> None:
     adam = optax.scale_by_adam(0.9, 0.98, 1e-8)
     expected, _ = adam.update(GRADS, adam.init(PARAMS))

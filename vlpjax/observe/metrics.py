@@ -21,6 +21,7 @@ from vlpjax.errors import UserError
 
 # JSON has no literal for these; strings keep every line readable by any JSON parser.
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TENSORBOARD_FLUSH_SECONDS = 10.0
 
 
@@ -143,13 +144,26 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
         yield record, line + b"\n"
 
 
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether a write failed because nothing more fits: on the disk, in a quota, or below a limit for files.
+
+    Libraries in C++ pass on the system's words instead of its number, or wrap one error into another.
+    """
+    while error is not None:
+        text = str(error)
+        if getattr(error, "errno", None) in _FULL or any(os.strerror(code) in text for code in _FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @contextmanager
 def disk_full_is_told(path: Path) -> Iterator[None]:
     """Turns "no space left" inside the block into a ``UserError`` that names ``path``."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
         raise UserError(
             f"No space left on the disk while writing {path}; free some, then run the same command to resume."

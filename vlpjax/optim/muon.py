@@ -18,10 +18,13 @@ from vlpjax.errors import UserError
 from vlpjax.rules import map_with_names, match_rules, tree_names
 
 # Kernels of attention keep heads apart: query, key and value are [in, heads, head_dim], the output projection
-# is [heads, head_dim, out].  The number is how many leading dimensions are inputs; 0 leaves it to Adam.
+# is [heads, head_dim, out].  The number is how many leading dimensions are inputs; 0 leaves it to Adam.  The first
+# layer of a stack of convolutions, which sees colours, is left to Adam, as embeddings are.
 KERNELS = (
-    (r".*/attention/out/kernel", 2),
-    (r".*/(block_\d+|pool_head)/.*kernel", 1),
+    (r".*/(cross_)?attention/out/kernel", 2),
+    (r".*/(block_\d+|blocks|pool_head)/.*kernel", 1),
+    (r".*/convolution_[1-9]\d*/kernel", 3),
+    (r"[^/]+/projection/kernel/kernel", 1),
     (r".*", 0),
 )
 
@@ -39,7 +42,8 @@ def muon(
 
     Args:
       matrices: (expression, number of leading dimensions that are inputs) per parameter name, first match
-        wins; the dimensions after them are outputs; 0 is for Adam.
+        wins; the dimensions after them are outputs; 0 is for Adam.  The layer axis of scanned blocks
+        (``.../blocks/...``) comes before both and is not counted: each layer is a matrix of its own.
       rate: learning rate of matrices as a multiple of Adam's.  A matrix moves by ``rate * learning_rate *
         sqrt(max(1, outputs / inputs))`` in spectral norm.
       beta: momentum of matrices (Nesterov).
@@ -53,7 +57,7 @@ def muon(
     def inputs(tree: Any) -> dict[str, int]:
         counts = match_rules(matrices, tree_names(tree), "muon.matrices", strict=False)
         for name, leaf in zip(tree_names(tree), jax.tree.leaves(tree), strict=True):
-            if counts[name] and not 0 < counts[name] < len(leaf.shape):
+            if counts[name] and not 0 < counts[name] < len(leaf.shape) - _layer_axes(name):
                 raise UserError(
                     f"muon.matrices reads {name} with {counts[name]} input dimensions, but its shape is {leaf.shape}; "
                     "inputs and outputs each need at least one."
@@ -68,8 +72,9 @@ def muon(
         counts = inputs(tree)
 
         def axes(name: str, leaf: jax.Array) -> contrib.MuonDimensionNumbers:
-            count = counts[name]
-            return contrib.MuonDimensionNumbers(tuple(range(count)), tuple(range(count, leaf.ndim)))
+            first = _layer_axes(name)
+            middle = first + counts[name]
+            return contrib.MuonDimensionNumbers(tuple(range(first, middle)), tuple(range(middle, leaf.ndim)))
 
         return map_with_names(axes, tree)
 
@@ -77,7 +82,8 @@ def muon(
         counts = inputs(updates)
 
         def wide(name: str, update: jax.Array) -> jax.Array:
-            rows, columns = math.prod(update.shape[: counts[name]]), math.prod(update.shape[counts[name] :])
+            shape = update.shape[_layer_axes(name) :]
+            rows, columns = math.prod(shape[: counts[name]]), math.prod(shape[counts[name] :])
             return rate * math.sqrt(max(1.0, columns / rows)) * update
 
         return map_with_names(wide, updates)
@@ -85,3 +91,8 @@ def muon(
     orthogonal = contrib.scale_by_muon(ns_steps=steps, beta=beta, weight_dimension_numbers=dimensions)
     matrix = optax.chain(orthogonal, optax.stateless(lambda updates, params: scale(updates)))
     return optax.multi_transform({"matrix": matrix, "other": optax.scale_by_adam(b1, b2, eps)}, labels)
+
+
+def _layer_axes(name: str) -> int:
+    """How many leading axes of a parameter number layers: scanned blocks have one."""
+    return int("/blocks/" in f"/{name}")
