@@ -1,7 +1,7 @@
 """Installs vlpjax: ``pip install -e '.[cpu]'``.
 
 The core trains, evaluates and reports on any hardware; extras choose the accelerator (``cpu``, ``tpu``,
-``cuda``) and add the programs around training (``data``, ``beam``, ``torch``, ``launch``) and the tools of
+``cuda``) and add the programs around training (``data``, ``beam``, ``torch``, ``gguf``, ``launch``) and the tools of
 its developers (``dev``).  ``constraints.txt`` holds the exact versions that the checks run with.
 """
 
@@ -32,6 +32,7 @@ CORE = [
     f"jax{JAX}",
     "jaxtyping>=0.3,<0.4",
     "ml_collections>=1.1,<2",
+    "ml_dtypes>=0.5,<0.7",
     "msgpack>=1.1,<2",
     "numpy>=2.1,<3",
     "optax>=0.2.5,<0.3",
@@ -57,12 +58,15 @@ EXTRAS = {
     "beam": BEAM,
     "data": [*BEAM, "resvg_py==0.5.0"],  # another release of the renderer would draw other bytes
     # Compares loaders and models with PyTorch's.
-    "torch": ["torch>=2.6,<3"],
+    "torch": ["torch>=2.6,<3", "transformers>=5,<6", "safetensors>=0.5,<1"],
+    # Reads GGUF files; safetensors, .pth and ONNX files need nothing beyond the core.
+    "gguf": ["gguf>=0.17,<1"],
     # Starts runs on Slurm clusters.
     "launch": ["submitit>=1.5,<2"],
     "dev": [
         "hypothesis>=6.120,<7",
         "mypy>=2.0,<3",
+        "onnx>=1.18,<2",  # writes the files that our reader of its format is tested with
         "pytest>=9,<10",
         "pytest-xdist>=3.8,<4",
         "ruff>=0.17,<0.18",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,13 +91,15 @@ def start(run: Run) -> Any:
 
 
 def drawn(run: Run) -> Any:
-    """A state of the right shapes: random parameters, variances of 1, and zeros."""
+    """A state of the right shapes: matrices by their fan-in, other parameters about 1, biases and the rest 0."""
     random = np.random.default_rng(0)
 
     def draw(name: str, leaf: Any) -> np.ndarray:
-        if name.startswith("params/"):
-            return random.normal(scale=0.05, size=leaf.shape).astype(leaf.dtype)
-        return np.full(leaf.shape, name.endswith("/var"), leaf.dtype)
+        if not name.startswith("params/") or name.endswith("/bias"):
+            return np.full(leaf.shape, name.endswith("/var"), leaf.dtype)
+        noise = random.normal(size=leaf.shape)
+        fan_in = math.prod(leaf.shape[:-1])
+        return np.asarray(noise * (2 / fan_in) ** 0.5 if leaf.ndim > 1 else 1 + 0.05 * noise, leaf.dtype)
 
     abstract, shardings = run.abstract
     return jax.device_put(map_with_names(draw, abstract), shardings)
@@ -185,4 +188,6 @@ def test_two_steps(experiment):
     still = [
         name for name, changed in zip(tree_names(moved), jax.tree.leaves(moved), strict=True) if not changed
     ]
-    assert not trained & set(still), "these have a learning rate and did not move"
+    assert not (stuck := sorted(trained & set(still))), (
+        f"these have a learning rate and did not move: {stuck}"
+    )
