@@ -57,7 +57,7 @@ def get_config(split: str = "style") -> Config:
         raise UserError(f"The quick start has no split {split!r}; there are {', '.join(SPLITS)}.")
     config = base_config()
     config.name = f"quickstart, {split} split"
-    config.duration = "1200 steps"
+    config.duration = "1000 steps"
     length = 24 if split == "language" else 12  # the tokenizer has English pieces and spells other words
     config.towers = dict(
         image=spec(
