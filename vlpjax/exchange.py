@@ -17,9 +17,8 @@ from ml_collections import ConfigDict
 
 from vlpjax.checkpoint import Checkpoints, load_variables
 from vlpjax.config import TYPE, Config, build, resolve, spec, suggest, to_json
-from vlpjax.data.paths import resolve_path
 from vlpjax.data.tokenizers import Tokenizer
-from vlpjax.data.transforms import CenterCrop, Normalize, Resize
+from vlpjax.data.transforms import CenterCrop, Normalize, Pad, Resize, Trim
 from vlpjax.errors import UserError
 from vlpjax.experiment import build_modules
 from vlpjax.mesh import Layout, make_layout
@@ -93,6 +92,8 @@ def their_name(name: str, config: ConfigDict) -> str:
 def preprocessing_of(config: ConfigDict) -> Preprocessing | None:
     """How the run's evaluators (or, without any, its training) make images ready; None if they do not say it all."""
     for transforms in _pipelines(config):
+        if any(_is_a(transforms[name], Trim, Pad) for name in transforms):
+            continue
         steps = [
             build(transforms[name])
             for name in transforms
@@ -120,13 +121,14 @@ def preprocessing_of(config: ConfigDict) -> Preprocessing | None:
     return None
 
 
-def tokenizer_of(config: ConfigDict) -> str | None:
-    """The file of the run's tokenizer, if there is one."""
+def tokenizer_of(config: ConfigDict) -> Tokenizer | None:
+    """The run's tokenizer, if there is one."""
     for transforms in _pipelines(config):
         for name in transforms:
             step = transforms[name]
             if isinstance(step, ConfigDict) and "tokenizer" in step and _is_a(step.tokenizer, Tokenizer):
-                return resolve_path(step.tokenizer.path)
+                tokenizer: Tokenizer = build(step.tokenizer)
+                return tokenizer
     return None
 
 

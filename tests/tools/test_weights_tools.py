@@ -98,7 +98,7 @@ def test_preprocessing_and_tokenizer_go_along(run, tmp_path):
     exchange.export_run(str(run[0]), str(tmp_path / "out"))
     fields = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
     assert fields["size"] == {"height": SIZE, "width": SIZE} and fields["image_mean"] == [0.5] * 3
-    assert (tmp_path / "out/tokenizer.model").stat().st_size > 1000
+    assert (tmp_path / "out/spiece.model").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("params", ["student", "ema"])

@@ -167,7 +167,7 @@ def test_our_usual_towers_which_norm_before_pooling_are_exported(tmp_path: Path)
         ({"image_size": (16, 24)}, {}, r"ViT.image_size is \(16, 24\)"),
         ({"registers": 4}, {}, "ViT.registers is 4"),
         ({"norm": "rms"}, {}, "ViT.norm is 'rms'"),
-        ({"activation": "squared_relu"}, {}, "'squared_relu' has no counterpart"),
+        ({"activation": "mish"}, {}, "'mish' has no counterpart"),
         ({"embedding": 8}, {}, "ViT.embedding is 8 and TextTransformer.embedding is 12"),
         ({}, {"eos_id": None}, "eos_id is None"),
         ({}, {"eos_id": 2}, "eos_id is 2"),

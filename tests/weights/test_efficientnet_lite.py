@@ -94,12 +94,12 @@ class Network(nn.Module):
 @pytest.fixture(scope="module")
 def imported() -> tuple[EfficientNetLite, Any]:
     """The published file, which has no config."""
-    return from_pretrained(real.efficientnet(), family="efficientnet_lite0")
+    return from_pretrained(real.file("efficientnet_lite0"), family="efficientnet_lite0")
 
 
 @pytest.fixture(scope="module")
 def published() -> dict[str, torch.Tensor]:
-    return torch.load(real.efficientnet(), weights_only=True)
+    return torch.load(real.file("efficientnet_lite0"), weights_only=True)
 
 
 def test_the_published_network_computes_what_pytorch_computes(imported, published) -> None:
@@ -130,14 +130,14 @@ def test_it_is_written_bit_for_bit_as_it_was_read(imported, published, tmp_path:
 
 def test_a_file_without_config_must_be_named() -> None:
     with pytest.raises(UserError, match=r"does not say what its weights are.*name a family"):
-        from_pretrained(real.efficientnet())
+        from_pretrained(real.file("efficientnet_lite0"))
     with pytest.raises(UserError, match=r"did you mean 'efficientnet_lite\d'"):
-        from_pretrained(real.efficientnet(), family="efficientnet_lite")
+        from_pretrained(real.file("efficientnet_lite0"), family="efficientnet_lite")
 
 
 def test_another_size_is_told() -> None:
     with pytest.raises(UserError, match=r"_blocks\.\d+\..* has shape .*the weights and the config disagree"):
-        from_pretrained(real.efficientnet(), family="efficientnet_lite1")
+        from_pretrained(real.file("efficientnet_lite0"), family="efficientnet_lite1")
 
 
 @pytest.mark.parametrize("change", [{"width": 1.3}, {"embedding": 8}, {"epsilon": 1e-5}])

@@ -8,9 +8,11 @@ import os
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file
 
 from tests.weights.small import SMALL, Small
+from vlpjax.data.tokenizers import SentencePieceTokenizer
 from vlpjax.errors import UserError
 from vlpjax.mesh import make_layout
 from vlpjax.models.heads import Scalar
@@ -265,5 +267,14 @@ def test_the_tokenizer_goes_with_the_weights(small, tmp_path):
     (source / "tokenizer_config.json").write_text('{"own": 1}')
     save_pretrained(*small, tmp_path / "b", tokenizer=source)
     assert json.loads((tmp_path / "b/tokenizer_config.json").read_text()) == {"own": 1}
-    save_pretrained(*small, tmp_path / "c", tokenizer=source / "tokenizer.json")
-    assert (tmp_path / "c/tokenizer.json").read_text() == "{}"
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        save_pretrained(*small, tmp_path / "none", tokenizer=tmp_path / "a/nothing")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_tokenizer_of_ours_is_saved_with_the_weights(small, tmp_path):
+    ours = SentencePieceTokenizer("bundled:emoji1594.spm.model")
+    save_pretrained(*small, tmp_path / "a", tokenizer=ours)
+    assert {"spiece.model", "tokenizer.json", "tokenizer_config.json"} <= set(names_in(tmp_path / "a"))
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "a/tokenizer.json"))
+    assert theirs.encode("red heart, two people").ids == ours.encode("red heart, two people")

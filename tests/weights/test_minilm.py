@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from tests.weights.real import minilm
+from tests.weights import real
 from vlpjax.data.sources import TFDS
 from vlpjax.data.tokenizers import JsonTokenizer
 from vlpjax.data.transforms.texts import Tokenize
@@ -30,7 +30,7 @@ TEMPLATES = (
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return minilm()
+    return real.folder("minilm")
 
 
 @pytest.fixture(scope="module")

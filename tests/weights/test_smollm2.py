@@ -17,7 +17,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
-from tests.weights.real import smollm2
+from tests.weights import real
 from vlpjax.models.generate import generate
 from vlpjax.models.vocabulary_loss import vocabulary_loss
 from vlpjax.weights.families import family_of
@@ -45,13 +45,13 @@ NEW = 24
 
 @functools.cache
 def tokenizer() -> Any:
-    return Tokenizer.from_str(gguf_tokenizer(smollm2())["tokenizer.json"].decode())
+    return Tokenizer.from_str(gguf_tokenizer(real.file("smollm2"))["tokenizer.json"].decode())
 
 
 @functools.cache
 def ours() -> tuple[Any, Any]:
     """Read into the scanned form, which compiles thirty layers as one."""
-    opened = open_weights(smollm2())
+    opened = open_weights(real.file("smollm2"))
     family = family_of(opened.config)
     model = family.build(opened.config).clone(scan=True)
     return model, read_variables(family, model, opened)
@@ -73,7 +73,7 @@ def theirs() -> Any:
         "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
     }  # fmt: skip
     state = {}
-    for tensor in gguf.GGUFReader(smollm2()).tensors:
+    for tensor in gguf.GGUFReader(real.file("smollm2")).tensors:
         *layer, part, kind = str(tensor.name).split(".")
         weight = gguf.dequantize(tensor.data, tensor.tensor_type)
         if part in ("attn_q", "attn_k"):  # the halves of each head's 64 features are stored in turns

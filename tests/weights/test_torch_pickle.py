@@ -154,7 +154,7 @@ def test_torchscript_is_told(tmp_path):
 
 def test_a_real_file_of_the_old_form():
     """EfficientNet-lite0 as its authors published it: every number equal to what PyTorch reads."""
-    file = real.efficientnet()
+    file = real.file("efficientnet_lite0")
     opened = open_pickle(file)
     expected = torch.load(file, weights_only=True)
     assert len(opened.shapes) == 296

@@ -15,9 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.errors import UserError
-from vlpjax.models.decoder import Decoder
-from vlpjax.models.decoding import Prompt, is_one_of, prefill, processed, step
-from vlpjax.models.layers import KeyValues
+from vlpjax.models.decoding import Cache, Model, Prompt, is_one_of, prefill, processed, step
 from vlpjax.models.sampling import Processor, Written
 
 WORST = -1e9  # a score that every real one exceeds
@@ -53,11 +51,11 @@ class _State(NamedTuple):
     hopeful: Bool[Array, "batch 1"]  # whether a running beam may still become one of the best
     exhausted: Bool[Array, ""]  # whether every candidate has ended
     end: Int[Array, ""]
-    cache: KeyValues
+    cache: Cache
 
 
 def beam_search(
-    model: Decoder,
+    model: Model,
     variables: Any,
     prompt: Prompt,
     beam: Beam,
@@ -87,6 +85,7 @@ def beam_search(
         spread(prompt.start),
         spread(prompt.known),
         spread(prompt.following),
+        memory_lengths=None if prompt.memory_lengths is None else spread(prompt.memory_lengths),
     )
     ids = jnp.full((batch, size, slots), pad, jnp.int32).at[:, :, :count].set(prompt.ids[:, None])
     state = _State(

@@ -6,6 +6,7 @@ prompt is hidden from it, and its positions count from its own first token.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,9 +17,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.errors import UserError
 from vlpjax.models.decoder import Decoder
-from vlpjax.models.layers import KeyValues
+from vlpjax.models.encoder_decoder import EncoderDecoder
+from vlpjax.models.layers import CrossKeyValues, KeyValues
 from vlpjax.models.sampling import Processor, Written
 from vlpjax.parallel.attention import Interval
+
+Model = Decoder | EncoderDecoder
+Cache = KeyValues | CrossKeyValues
 
 
 class Prompt(NamedTuple):
@@ -31,6 +36,8 @@ class Prompt(NamedTuple):
       start: first slot of each row's prompt.
       known: the same for what processors may read; the end of the prompt where there are no ids.
       following: position of each row's first new token.
+      memory: for an encoder-decoder, the encoder's tokens; None once the cache holds them.
+      memory_lengths: of each row's memory, without padding.
     """
 
     ids: Int[Array, "batch prompt"]
@@ -39,10 +46,12 @@ class Prompt(NamedTuple):
     start: Int[Array, " batch"]
     known: Int[Array, " batch"]
     following: Int[Array, " batch"]
+    memory: Float[Array, "batch memory width"] | None = None
+    memory_lengths: Int[Array, " batch"] | None = None
 
     def read(self) -> Prompt:
         """What is needed of the prompt once the cache holds it: the same program then goes on after all prompts."""
-        return self._replace(embeddings=None, positions=self.ids)
+        return self._replace(embeddings=None, positions=self.ids, memory=None)
 
 
 def align(
@@ -98,8 +107,8 @@ def align(
 
 
 def prefill(
-    model: Decoder, variables: Any, prompt: Prompt, slots: int, prefix_lm: bool | Bool[Array, ""]
-) -> tuple[Float[Array, "batch vocabulary"], KeyValues]:
+    model: Model, variables: Any, prompt: Prompt, slots: int, prefix_lm: bool | Bool[Array, ""]
+) -> tuple[Float[Array, "batch vocabulary"], Cache]:
     """Logits of the first new tokens, and a cache of this many slots with the prompts in it.
 
     Args:
@@ -113,35 +122,61 @@ def prefill(
     interval = Interval(start, jnp.where(index < start, start, end))
     given: dict[str, Any]
     given = {"ids": prompt.ids} if prompt.embeddings is None else {"embeddings": prompt.embeddings}
-    if model.window is not None:
+    if isinstance(model, EncoderDecoder):
+        assert prompt.memory is not None, "generate asks for it"
+        cache: Any = model.init_cache(batch, slots, prompt.memory.shape[1])
+    else:
+        cache = model.init_cache(batch, slots)
+    if isinstance(model, Decoder) and model.window is not None:
         # A prompt that sees all of itself does so in local layers too.
         first = jnp.where(prefix_lm, start, jnp.maximum(start, index + 1 - model.window))
         given["local_interval"] = interval._replace(start=jnp.minimum(first, interval.end))
-    return _run(
-        model, variables, model.init_cache(batch, slots), 0, interval, positions=prompt.positions, **given
-    )
+    return _run(model, variables, prompt, cache, 0, interval, positions=prompt.positions, **given)
 
 
 def step(
-    model: Decoder,
+    model: Model,
     variables: Any,
     prompt: Prompt,
     tokens: Int[Array, " batch"],
     slot: Int[Array, ""],
-    cache: KeyValues,
-) -> tuple[Float[Array, "batch vocabulary"], KeyValues]:
+    cache: Cache,
+) -> tuple[Float[Array, "batch vocabulary"], Cache]:
     """Logits of the tokens after ``tokens``, which stand in ``slot``."""
     positions = (prompt.following + slot - prompt.ids.shape[1])[:, None]
     start = prompt.start[:, None]
     interval = Interval(start, jnp.broadcast_to(slot + 1, start.shape).astype(jnp.int32))
-    return _run(model, variables, cache, slot, interval, positions=positions, ids=tokens[:, None])
+    return _run(
+        model,
+        variables,
+        prompt._replace(memory=None),
+        cache,
+        slot,
+        interval,
+        positions=positions,
+        ids=tokens[:, None],
+    )
 
 
 def _run(
-    model: Decoder, variables: Any, cache: KeyValues, start: Any, interval: Interval, **given: Any
-) -> tuple[jax.Array, KeyValues]:
-    def last(module: Decoder) -> tuple[jax.Array, KeyValues]:
-        outputs = module(interval=interval, cache=cache, start=start, logits=False, **given)
+    model: Model,
+    variables: Any,
+    prompt: Prompt,
+    cache: Any,
+    start: Any,
+    interval: Interval,
+    *,
+    positions: jax.Array,
+    **given: Any,
+) -> tuple[jax.Array, Any]:
+    def last(module: Any) -> tuple[jax.Array, Any]:
+        if isinstance(module, EncoderDecoder):  # its positions are distances, which slots give
+            read = functools.partial(
+                module.decode, memory=prompt.memory, memory_lengths=prompt.memory_lengths, **given
+            )
+        else:
+            read = functools.partial(module, positions=positions, **given)
+        outputs = read(interval=interval, cache=cache, start=start, logits=False)
         return module.logits(outputs["tokens"][:, -1]), outputs["cache"]
 
     found: Any = model.apply(variables, method=last)

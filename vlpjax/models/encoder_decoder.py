@@ -287,10 +287,12 @@ class EncoderDecoder(nn.Module):
         *,
         memory: Float[Array, "batch memory width"] | None = None,
         memory_lengths: Int[Array, " batch"] | None = None,
+        interval: Interval | None = None,
         cache: CrossKeyValues | None = None,
         start: Int[Array, ""] | int = 0,
         hidden: Sequence[int] = (),
         attention: Sequence[int] = (),
+        logits: bool = True,
         train: bool = False,
     ) -> dict[str, Any]:
         """Logits of what follows each of ``ids``.
@@ -298,18 +300,21 @@ class EncoderDecoder(nn.Module):
         Args:
           memory: the encoder's tokens, of which each row's first ``memory_lengths`` are attended to; None takes
             those that were given when the cache was first used.
+          interval: which of the output's tokens (with a cache: slots) each sees; None: itself and those before it.
           cache: of :meth:`init_cache`, with the tokens before ``start`` in it.
           start: position of the first of ``ids``.
 
         Returns:
-          ``"logits"`` [B, L, V], float32; ``"tokens"`` [B, L, D] after the final norm; ``"cache"`` if there was one;
-          ``"hidden"`` and ``"attention"`` by layer if asked for.
+          ``"logits"`` [B, L, V], float32, unless ``logits=False``; ``"tokens"`` [B, L, D] after the final norm;
+          ``"cache"`` if there was one; ``"hidden"`` and ``"attention"`` by layer if asked for.
         """
         count = ids.shape[1]
-        end = (start + jnp.arange(count) + 1)[None]  # [1, L]
+        if interval is None:
+            end = (start + jnp.arange(count) + 1)[None]  # [1, L]
+            interval = Interval(jnp.zeros_like(end), end)
         out: dict[str, Any] = self.decoder(
             self.embed(ids),
-            Interval(jnp.zeros_like(end), end),
+            interval,
             memory=memory,
             memory_interval=None if memory_lengths is None else prefix(memory_lengths, count),
             cache=cache,
@@ -318,12 +323,16 @@ class EncoderDecoder(nn.Module):
             attention=attention,
             train=train,
         )
-        tokens = out["tokens"].astype(jnp.float32)
+        return {**out, "logits": self.logits(out["tokens"])} if logits else out
+
+    def logits(self, tokens: Float[Array, "... width"]) -> Float[Array, "... vocabulary"]:
+        """Logits of the decoder's tokens, in float32."""
+        tokens = tokens.astype(jnp.float32)
         if self.tied:
-            logits = tokens * self.width**-0.5 @ self.token_embedding.embedding.T.astype(jnp.float32)
-        else:
-            logits = self.head(tokens)
-        return {**out, "logits": logits}
+            table = self.token_embedding.embedding.T.astype(jnp.float32)
+            return tokens * self.width**-0.5 @ table
+        found: jax.Array = self.head(tokens)
+        return found
 
     @nn.nowrap
     def init_cache(self, batch: int, slots: int, memory: int, dtype: Any = None) -> CrossKeyValues:

@@ -1,4 +1,4 @@
-"""Texts from a decoder: prompts in, new tokens out, compiled as one prefill and one loop.
+"""Texts from a decoder, or from an encoder-decoder: prompts in, new tokens out, compiled as one prefill and one loop.
 
 ``generate(model, variables, prompts, max_new_tokens=64, eos=(2,))`` continues each row until it ends; every row gets
 what it would get alone, whatever the lengths of the others.
@@ -18,9 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.errors import UserError
 from vlpjax.models.beam import Beam, beam_search
-from vlpjax.models.decoder import Decoder
-from vlpjax.models.decoding import Prompt, align, is_one_of, prefill, processed, step
-from vlpjax.models.layers import KeyValues
+from vlpjax.models.decoding import Cache, Model, Prompt, align, is_one_of, prefill, processed, step
+from vlpjax.models.encoder_decoder import EncoderDecoder
 from vlpjax.models.sampling import Greedy, Processor, Sampler, Written
 
 Decode = Callable[[Sequence[int]], str]
@@ -59,7 +58,7 @@ class State(NamedTuple):
     lengths: Int[Array, " batch"]
     done: Bool[Array, " batch"]
     rng: Any
-    cache: KeyValues
+    cache: Cache
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Choice:
 
 @functools.partial(jax.jit, static_argnames=("model", "choice", "max_new_tokens"))
 def begin(
-    model: Decoder,
+    model: Model,
     variables: Any,
     prompt: Prompt,
     rng: Any,
@@ -109,7 +108,7 @@ def begin(
 
 @functools.partial(jax.jit, static_argnames=("model", "choice"), donate_argnames=("state",))
 def advance(
-    model: Decoder, variables: Any, prompt: Prompt, state: State, until: Int[Array, ""], *, choice: Choice
+    model: Model, variables: Any, prompt: Prompt, state: State, until: Int[Array, ""], *, choice: Choice
 ) -> State:
     """Goes on until ``until`` slots hold tokens, or all rows are done."""
 
@@ -127,7 +126,7 @@ _beam_search = jax.jit(
 
 
 def generate(
-    model: Decoder,
+    model: Model,
     variables: Any,
     prompts: Int[Array, "batch prompt"] | None = None,
     *,
@@ -136,6 +135,8 @@ def generate(
     padding: str = "right",
     embeddings: Float[Array, "batch prompt width"] | None = None,
     positions: Int[Array, "*three batch prompt"] | None = None,
+    memory: Float[Array, "batch memory width"] | None = None,
+    memory_lengths: Int[Array, " batch"] | None = None,
     prefix_lm: bool = False,
     sampler: Sampler | Beam | None = None,
     processors: Sequence[Processor] = (),
@@ -150,13 +151,16 @@ def generate(
 
     Args:
       model, variables: the decoder; of a larger model, the decoder's part of the variables, as ``{"params": ...}``.
-      prompts: token ids; None if there are ``embeddings`` only.
+      prompts: token ids; None if there are ``embeddings`` only.  An encoder-decoder's are what its decoder has said
+        so far; None is its ``start_id``.
       max_new_tokens: per row.
       lengths: tokens of each row's prompt, and on which side (``padding``) rows are filled up; None: all of them.
       embeddings: rows to read instead of the ids' (images between words), of :meth:`Decoder.embed`'s scale.  The ids
         are then only read by processors.
       positions: of the prompt's tokens, [B, P], or [3, B, P] for rotary positions with sections; new tokens follow
         the largest.
+      memory, memory_lengths: for an encoder-decoder, what it encoded ([B, M, D], ``"tokens"`` of its ``encode``) and
+        how much of each row is no padding; None: all of it.
       prefix_lm: whether all tokens of a prompt see one another (PaliGemma, arXiv 2407.07726).
       sampler: :class:`~vlpjax.models.sampling.Greedy` (None), :class:`~vlpjax.models.sampling.Sample`,
         :class:`~vlpjax.models.beam.Beam`, or one of your own.
@@ -178,7 +182,18 @@ def generate(
         raise UserError("Stop strings are not empty, need decode= and cannot end the beams of a beam search.")
     if rng is None and not isinstance(sampler, (Greedy, Beam)):
         raise UserError(f"{sampler} draws at random; give rng, a key of jax.random.")
+    if isinstance(model, EncoderDecoder) != (memory is not None):
+        wanted = "needs" if isinstance(model, EncoderDecoder) else "takes no"
+        raise UserError(f"A {type(model).__name__} {wanted} memory= to generate from.")
+    if isinstance(model, EncoderDecoder):
+        if embeddings is not None or positions is not None:
+            raise UserError(
+                "An EncoderDecoder generates from ids; it takes no embeddings= and no positions=."
+            )
+        assert memory is not None
+        prompts = jnp.full((len(memory), 1), model.start_id) if prompts is None else prompts
     prompt = align(prompts, lengths, padding, embeddings, positions)
+    prompt = prompt._replace(memory=memory, memory_lengths=memory_lengths)
     eos = tuple(int(token) for token in eos)
     if isinstance(sampler, Beam):
         found, scores = _beam_search(

@@ -16,18 +16,9 @@ from flax import linen as nn
 from vlpjax.errors import UserError
 from vlpjax.models.decoder import Decoder
 from vlpjax.models.positions import Linear, Llama3, Rotary, Yarn
+from vlpjax.weights.configs import activation_named, their_activation
 from vlpjax.weights.layout import Rule, under
 
-# Their names of activations -> ours; on the way back, the first of theirs that fits.
-ACTIVATIONS = {
-    "silu": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "relu2": "squared_relu",
-}
 LAYER_TYPES = {"full_attention": "global", "sliding_attention": "local"}
 
 _ATTENTION = (
@@ -90,14 +81,6 @@ def example(model: nn.Module) -> tuple[Any, ...]:
     return (jax.ShapeDtypeStruct((1, 2), jnp.int32),)
 
 
-def refuse(config: Mapping[str, Any], **accepted: Any) -> None:
-    """A UserError for the first field that has another value than the one that we can represent."""
-    for field, value in accepted.items():
-        found = config.get(field)
-        if found is not None and found != value:
-            raise UserError(f"The config's {field} is {found!r}; our decoder has {value!r} only.")
-
-
 def hold(model: nn.Module, family: str, **fixed: Any) -> Decoder:
     """The module as a decoder whose fields have the values that a family fixes, or a UserError."""
     if not isinstance(model, Decoder):
@@ -109,22 +92,6 @@ def hold(model: nn.Module, family: str, **fixed: Any) -> Decoder:
                 f"The family {family!r} holds decoders with {field}={value!r}; this one has {found!r}."
             )
     return model
-
-
-def activation(config: Mapping[str, Any], field: str, default: str) -> str:
-    """Our name of an activation."""
-    theirs = config.get(field) or default
-    if theirs not in ACTIVATIONS:
-        raise UserError(f"The config's {field} is {theirs!r}; we have {', '.join(ACTIVATIONS)}.")
-    return ACTIVATIONS[theirs]
-
-
-def their_activation(model: Decoder) -> str:
-    """Their name of the decoder's activation."""
-    for theirs, ours in ACTIVATIONS.items():
-        if ours == model.activation:
-            return theirs
-    raise UserError(f"Decoder.activation is {model.activation!r}, which `transformers` has no name for.")
 
 
 def sizes(
@@ -143,7 +110,7 @@ def sizes(
         kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
         head_dim=config.get("head_dim"),
         mlp_dim=config["intermediate_size"],
-        activation=activation(config, activation_field, default),
+        activation=activation_named("decoder's", config.get(activation_field) or default),
         epsilon=config.get("rms_norm_eps", 1e-6),
         length=config.get("max_position_embeddings"),
     )
@@ -161,7 +128,7 @@ def their_sizes(model: Decoder, activation_field: str = "hidden_act") -> dict[st
         intermediate_size=model.mlp_dim or 4 * model.width,
         rms_norm_eps=model.epsilon,
         tie_word_embeddings=model.tied,
-        **{activation_field: their_activation(model)},
+        **{activation_field: their_activation(model.activation)},
     )
     return fields if model.length is None else {**fields, "max_position_embeddings": model.length}
 

@@ -6,7 +6,7 @@ Nothing here is a family; a family file is its rules, ``build`` and ``describe``
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,17 +20,6 @@ from vlpjax.models.text import TextTransformer
 from vlpjax.models.towers import Towers
 from vlpjax.models.vit import ViT
 from vlpjax.weights.layout import Rule
-
-# Their names of activations -> ours; the first with a value is the name that is written.
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "quick_gelu": "quick_gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-}
 
 # Of the joint heads that contrastive objectives learn: their places among our towers (an objective called "clip").
 SCALE, BIAS = "clip_logit_scale", "clip_logit_bias"
@@ -138,51 +127,6 @@ def vit_block(theirs: str) -> tuple[Rule, ...]:
 
 
 # --- configs --------------------------------------------------------------------------------------------------
-
-
-def filled_in(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with the values of the fields that it leaves out (`transformers` may write only what differs)."""
-    return {**defaults, **{name: value for name, value in config.items() if value is not None}}
-
-
-def require(family: str, config: Mapping[str, Any], **only: Any) -> None:
-    """The only values of these fields that can be represented; a field that is not there has it.
-
-    Raises:
-      UserError: another value.
-    """
-    for field, value in only.items():
-        if config.get(field, value) != value:
-            raise UserError(
-                f"The {family} config has {field}={config[field]!r}; only {value!r} can be represented."
-            )
-
-
-def activation_named(family: str, name: Any) -> str:
-    """Our name of their activation.
-
-    Raises:
-      UserError: one that there is not.
-    """
-    if name not in ACTIVATIONS:
-        raise UserError(
-            f"The {family} config has the activation {name!r}; there are {', '.join(ACTIVATIONS)}."
-        )
-    return ACTIVATIONS[name]
-
-
-def their_activation(name: str) -> str:
-    """Their name of our activation.
-
-    Raises:
-      UserError: one that they have not.
-    """
-    for theirs, ours in ACTIVATIONS.items():
-        if ours == name:
-            return theirs
-    raise UserError(
-        f"The activation {name!r} has no counterpart; there are {', '.join(ACTIVATIONS.values())}."
-    )
 
 
 def size(value: Any) -> int | tuple[int, int]:

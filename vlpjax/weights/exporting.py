@@ -20,6 +20,7 @@ from flax import linen as nn
 from flax.core import meta
 from jax.experimental import multihost_utils
 
+from vlpjax.data.tokenizers import Tokenizer
 from vlpjax.errors import UserError
 from vlpjax.rules import tree_names
 from vlpjax.weights.families import family_holding, family_named
@@ -40,7 +41,7 @@ def save_pretrained(
     family: str | None = None,
     dtype: str = "float32",
     preprocessing: Preprocessing | None = None,
-    tokenizer: str | Path | None = None,
+    tokenizer: Tokenizer | str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
@@ -55,7 +56,7 @@ def save_pretrained(
       family: the name of the family to write as; None takes the first that can hold the module.
       dtype: of the tensors in the file; float32 values become bfloat16 by rounding to the nearest.
       preprocessing: how images are made ready, written as ``preprocessor_config.json``.
-      tokenizer: file or folder of the tokenizer, copied beside the weights.
+      tokenizer: saved beside the weights; or a folder, whose tokenizer's files are copied as they are.
       max_shard_bytes: of one file; a larger model becomes several files and an index.
       overwrite: whether a folder that is already there is replaced.
 
@@ -73,7 +74,7 @@ def save_pretrained(
     leaves = _leaves(chosen, model, variables)
     sizes = chosen.sizes(config)
     plan = match_parameters(chosen, members(_shapes(variables)), sizes)
-    copies = tokenizer_files(tokenizer) if tokenizer is not None else {}
+    copies = tokenizer_files(tokenizer) if isinstance(tokenizer, (str, Path)) else {}
     target = Path(folder).absolute()
     with complete_or_nothing(target, overwrite=overwrite) as partial:
         if partial is not None:
@@ -82,6 +83,8 @@ def save_pretrained(
                 _write_json(partial / "preprocessor_config.json", preprocessing.to_json())
             for name, content in copies.items():
                 (partial / name).write_bytes(content)
+            if isinstance(tokenizer, Tokenizer):
+                tokenizer.save(partial)
         write_tensors(plan, leaves, partial, chosen.weights_file, DTYPES[dtype], max_shard_bytes)
 
 
@@ -171,26 +174,18 @@ def complete_or_nothing(folder: Path, *, overwrite: bool = False) -> Iterator[Pa
         multihost_utils.sync_global_devices("weights are written")
 
 
-def tokenizer_files(path: str | Path) -> dict[str, bytes]:
-    """Names and contents of the files that a tokenizer is loaded from.
-
-    Args:
-      path: a ``tokenizer.json``, a SentencePiece ``.model``, or a folder with the files of one.
+def tokenizer_files(folder: str | Path) -> dict[str, bytes]:
+    """Names and contents of the files in a folder that a tokenizer is loaded from.
 
     Raises:
       UserError: there is no tokenizer.
     """
-    path = Path(path)
     known = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
     also = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    found: dict[str, bytes] = {}
-    if path.is_dir():
-        found = {name: (path / name).read_bytes() for name in (*known, *also) if (path / name).is_file()}
-    elif path.is_file():
-        name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
-        found = {name: path.read_bytes()}
+    places = {name: Path(folder) / name for name in (*known, *also)}
+    found = {name: place.read_bytes() for name, place in places.items() if place.is_file()}
     if not any(name in found for name in known):
-        raise UserError(f"{path} holds no tokenizer; known files are {', '.join(known)}.")
+        raise UserError(f"{folder} holds no tokenizer; known files are {', '.join(known)}.")
     if "tokenizer_config.json" not in found:
         kind = "PreTrainedTokenizerFast" if "tokenizer.json" in found else "LlamaTokenizer"
         found["tokenizer_config.json"] = json.dumps({"tokenizer_class": kind}, indent=2).encode()

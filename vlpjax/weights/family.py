@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vlpjax.errors import UserError
 from vlpjax.models.towers import Towers
 from vlpjax.weights.layout import Rule
+
+Kind = TypeVar("Kind")
 
 COLLECTIONS = ("params", "batch_stats")  # of Flax variables: what is learned, and running statistics
 
@@ -64,6 +67,27 @@ class Family:
     prefixes: tuple[str, ...] = ("",)
     config_file: str = "config.json"
     weights_file: str = "model.safetensors"
+
+
+def first_that_holds(
+    writers: Iterable[tuple[Kind, str, Callable[[Any], dict[str, Any]]]], model: nn.Module, none: str
+) -> tuple[Kind, dict[str, Any]]:
+    """The first of several forms that can hold a module, and the config that it writes for it.
+
+    Args:
+      writers: per form what to return, its name for messages, and ``describe``.
+      none: the beginning of the message if there is none; the reason of each form follows.
+
+    Raises:
+      UserError: no form can hold the module.
+    """
+    reasons = []
+    for kind, name, describe in writers:
+        try:
+            return kind, describe(model)
+        except UserError as error:
+            reasons.append(f"{name}: {str(error).rstrip('.')}")
+    raise UserError(f"{none} ({'; '.join(reasons)}).")
 
 
 def boxed_shapes(family: Family, model: nn.Module) -> Any:

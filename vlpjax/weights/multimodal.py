@@ -8,7 +8,7 @@ are read as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from vlpjax.models.vit import ViT
 from vlpjax.weights import decoders
 from vlpjax.weights.encoders import expect, image_example
 from vlpjax.weights.families import clip, gemma, gemma2, llama, mistral, qwen2, qwen3, siglip
-from vlpjax.weights.family import Family
+from vlpjax.weights.family import Family, first_that_holds
 from vlpjax.weights.layout import Rule, under
 
 # By the "model_type" of a text_config.  A decoder that is to be written goes to the first that can hold it.
@@ -71,9 +71,10 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
 }
-VISIONS: dict[str, Family] = {
-    "clip_vision_model": clip.CLIP_VISION,
-    "siglip_vision_model": siglip.SIGLIP_VISION,
+# By the "model_type" of a vision_config: how it becomes a tower, and back.
+VISIONS: dict[str, tuple[Callable[[dict[str, Any]], ViT], Callable[[ViT], dict[str, Any]]]] = {
+    "clip_vision_model": (lambda config: clip.build_vision(config, None), clip.describe_vision),
+    "siglip_vision_model": (siglip.build_vision, siglip.describe_vision),
 }
 
 
@@ -110,13 +111,9 @@ def describe_text(family: str, model: Decoder, kinds: Sequence[str]) -> dict[str
     Raises:
       UserError: none can.
     """
-    reasons = []
-    for kind in kinds:
-        try:
-            return {"model_type": kind, **TEXTS[kind].describe(model)}
-        except UserError as error:
-            reasons.append(f"{kind}: {str(error).rstrip('.')}")
-    raise UserError(f"{family} cannot hold this decoder ({'; '.join(reasons)}).")
+    writers = ((kind, kind, TEXTS[kind].describe) for kind in kinds)
+    kind, config = first_that_holds(writers, model, f"{family} cannot hold this decoder")
+    return {"model_type": kind, **config}
 
 
 def build_vision(
@@ -134,9 +131,8 @@ def build_vision(
         raise UserError(
             f"The {family} config has a vision_config of model_type {kind!r}; there are {', '.join(kinds)}."
         )
-    if kind == "clip_vision_model":
-        return clip.build_vision(vision, None), kind
-    return siglip.build_vision(vision), kind
+    build, _ = VISIONS[kind]
+    return build(vision), kind
 
 
 def describe_vision(family: str, model: nn.Module, kinds: Sequence[str]) -> dict[str, Any]:
@@ -151,14 +147,8 @@ def describe_vision(family: str, model: nn.Module, kinds: Sequence[str]) -> dict
             f"ViT.embedding is {tower.embedding}, but {family}'s image tower projects nothing; set it to None and "
             "leave the projection out of the variables."
         )
-    reasons = []
-    for kind in kinds:
-        write = clip.describe_vision if kind == "clip_vision_model" else siglip.describe_vision
-        try:
-            return write(tower)
-        except UserError as error:
-            reasons.append(f"{kind}: {str(error).rstrip('.')}")
-    raise UserError(f"{family} cannot hold this image tower ({'; '.join(reasons)}).")
+    writers = ((kind, kind, VISIONS[kind][1]) for kind in kinds)
+    return first_that_holds(writers, tower, f"{family} cannot hold this image tower")[1]
 
 
 def hold(family: str, model: nn.Module, connector: type[nn.Module], **fixed: Any) -> VisionLanguageModel:

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from vlpjax.config import suggest
 from vlpjax.errors import UserError
-from vlpjax.weights.family import Family
+from vlpjax.weights.family import Family, first_that_holds
 
 # "model_type" of a config -> the module with the family that answers it, in this package or (with a dot in its name)
 # in another.  A model that is to be written goes to the first family, in this order, that can hold it.
@@ -96,15 +96,8 @@ def family_holding(model: nn.Module) -> tuple[Family, dict[str, Any]]:
     Raises:
       UserError: no family can.
     """
-    reasons = []
-    for family in all_families():
-        try:
-            return family, family.describe(model)
-        except UserError as error:
-            reasons.append(f"{family.name}: {str(error).rstrip('.')}")
-    raise UserError(
-        f"No family can hold this {type(model).__name__} ({'; '.join(reasons)}); name one to see what it lacks."
-    )
+    writers = ((family, family.name, family.describe) for family in all_families())
+    return first_that_holds(writers, model, f"No family can hold this {type(model).__name__}")
 
 
 def all_families() -> Iterator[Family]:

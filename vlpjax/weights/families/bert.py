@@ -14,18 +14,15 @@ from flax import linen as nn
 
 from vlpjax.models.text import MaskedLanguageHead, TextTransformer
 from vlpjax.models.towers import Towers
+from vlpjax.weights.configs import activation_named, filled_in, require, their_activation
 from vlpjax.weights.encoders import (
-    activation_named,
     attention,
     expect,
-    filled_in,
     hold,
     linear,
     mlp_width,
     normed,
-    require,
     text_example,
-    their_activation,
     towers_of,
 )
 from vlpjax.weights.family import Family

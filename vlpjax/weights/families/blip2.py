@@ -12,20 +12,17 @@ from vlpjax.errors import UserError
 from vlpjax.models.blip2 import Blip2, ImageQFormer
 from vlpjax.models.qformer import QFormer
 from vlpjax.models.vit import ViT
+from vlpjax.weights.configs import activation_named, filled_in, require, their_activation
 from vlpjax.weights.encoders import (
-    activation_named,
     convolved,
     expect,
-    filled_in,
     fused_attention,
     hold,
     image_example,
     linear,
     mlp_width,
     normed,
-    require,
     square,
-    their_activation,
 )
 from vlpjax.weights.families import t5
 from vlpjax.weights.families.qformer_rules import QFORMER, QUERIES, TEXTS

@@ -14,19 +14,17 @@ from vlpjax.models.heads import Scalar
 from vlpjax.models.text import TextTransformer
 from vlpjax.models.towers import Towers
 from vlpjax.models.vit import ViT
+from vlpjax.weights.configs import activation_named, filled_in, their_activation
 from vlpjax.weights.encoders import (
     SCALE,
-    activation_named,
     clip_block,
     convolved,
     expect,
-    filled_in,
     hold,
     linear,
     mlp_width,
     normed,
     square,
-    their_activation,
     tower_example,
     towers_of,
 )

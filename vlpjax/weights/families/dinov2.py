@@ -14,18 +14,16 @@ from flax import linen as nn
 
 from vlpjax.errors import UserError
 from vlpjax.models.vit import ViT
+from vlpjax.weights.configs import activation_named, filled_in, their_activation
 from vlpjax.weights.encoders import (
-    activation_named,
     attention,
     convolved,
     expect,
-    filled_in,
     hold,
     linear,
     mlp_width,
     normed,
     size,
-    their_activation,
     their_size,
     tower_example,
 )

@@ -10,12 +10,13 @@ from flax import linen as nn
 from vlpjax.errors import UserError
 from vlpjax.models.decoder import Decoder
 from vlpjax.weights import decoders
+from vlpjax.weights.configs import require
 from vlpjax.weights.family import Family
 
 
 def shared(config: dict[str, Any], activation_field: str) -> dict[str, Any]:
     """The fields of a Decoder that are alike in all Gemmas."""
-    decoders.refuse(config, use_bidirectional_attention=False)
+    require("Gemma", config, use_bidirectional_attention=False)
     bias = bool(config.get("attention_bias"))
     fields = {"head_dim": 256, **config}
     return dict(

@@ -9,6 +9,7 @@ from flax import linen as nn
 from vlpjax.errors import UserError
 from vlpjax.models.decoder import Decoder
 from vlpjax.weights import decoders
+from vlpjax.weights.configs import activation_named, require, their_activation
 from vlpjax.weights.family import Family
 from vlpjax.weights.layout import Rule, under
 
@@ -46,7 +47,7 @@ _BODY = (
 
 def build(config: dict[str, Any]) -> Decoder:
     """The decoder of a config.  Dropout of attention weights is not ours; that of branches is."""
-    decoders.refuse(config, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    require("GPT-2", config, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     sizes: dict[str, Any] = {ours: config.get(theirs) for ours, theirs in _NAMES.items()}
     for ours, theirs in _NAMES.items():
         if not isinstance(sizes[ours], int):
@@ -54,7 +55,7 @@ def build(config: dict[str, Any]) -> Decoder:
     return Decoder(
         **sizes,
         mlp_dim=config.get("n_inner") or 4 * config["n_embd"],
-        activation=decoders.activation(config, "activation_function", "gelu_new"),
+        activation=activation_named("GPT-2", config.get("activation_function") or "gelu_new"),
         gated=False,
         norm="layer",
         epsilon=config.get("layer_norm_epsilon", 1e-5),
@@ -81,7 +82,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         decoders.hold(model, "gpt2", kv_heads=model.heads, head_dim=model.width // model.heads)
     if model.scale not in (None, 1.0):
         decoders.hold(model, "gpt2", scale=None)
-    activation = decoders.their_activation(model)
+    activation = their_activation(model.activation)
     return {
         **{theirs: getattr(model, ours) for ours, theirs in _NAMES.items()},
         "n_inner": model.mlp_dim or 4 * model.width,

@@ -8,12 +8,13 @@ from flax import linen as nn
 
 from vlpjax.models.decoder import Decoder
 from vlpjax.weights import decoders
+from vlpjax.weights.configs import require
 from vlpjax.weights.family import Family
 
 
 def build(config: dict[str, Any]) -> Decoder:
     """The decoder of a config."""
-    decoders.refuse(config, layer_types=None)
+    require("Mistral", config, layer_types=None)
     window = config.get("sliding_window")
     return Decoder(
         **decoders.sizes(config),

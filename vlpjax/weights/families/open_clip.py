@@ -17,6 +17,7 @@ from vlpjax.models.heads import Scalar
 from vlpjax.models.text import TextTransformer
 from vlpjax.models.towers import Towers
 from vlpjax.models.vit import ViT
+from vlpjax.weights.configs import require
 from vlpjax.weights.encoders import (
     BIAS,
     SCALE,
@@ -26,7 +27,6 @@ from vlpjax.weights.encoders import (
     linear,
     mlp_width,
     normed,
-    require,
     size,
     square,
     their_size,

@@ -14,34 +14,32 @@ from vlpjax.models.heads import Scalar
 from vlpjax.models.text import TextTransformer
 from vlpjax.models.towers import Towers
 from vlpjax.models.vit import ViT
+from vlpjax.weights.configs import activation_named, filled_in, their_activation
 from vlpjax.weights.encoders import (
     BIAS,
     SCALE,
-    activation_named,
     attention_pool,
     clip_block,
     convolved,
     expect,
-    filled_in,
     hold,
     linear,
     mlp_width,
     normed,
     square,
-    their_activation,
     tower_example,
     towers_of,
 )
 from vlpjax.weights.family import Family
 from vlpjax.weights.layout import Rule, under
 
-VISION: tuple[Rule, ...] = (
-    *convolved("patches/projection", "embeddings.patch_embedding"),
+AFTER_PATCHES: tuple[Rule, ...] = (
     Rule("position_embedding", "embeddings.position_embedding.weight", "n d -> 1 n d"),
     *clip_block("encoder.layers.{n}"),
     *normed("final_norm", "post_layernorm"),
     *attention_pool("pool_head", "head"),
 )
+VISION = (*convolved("patches/projection", "embeddings.patch_embedding"), *AFTER_PATCHES)
 TEXT: tuple[Rule, ...] = (
     Rule("token_embedding/embedding", "embeddings.token_embedding.weight"),
     Rule("position_embedding", "embeddings.position_embedding.weight"),

@@ -16,26 +16,21 @@ from flax import linen as nn
 from vlpjax.errors import UserError
 from vlpjax.models.patches import pair
 from vlpjax.models.vit import ViT
+from vlpjax.weights.configs import filled_in
 from vlpjax.weights.encoders import (
-    attention_pool,
-    clip_block,
     expect,
-    filled_in,
     hold,
     linear,
-    normed,
     tower_example,
 )
 from vlpjax.weights.families import siglip
 from vlpjax.weights.family import Family
 from vlpjax.weights.layout import Rule, under
 
+# Theirs takes patches that are cut already.
 VISION: tuple[Rule, ...] = (
-    *linear("patches/projection", "embeddings.patch_embedding"),  # of patches that are cut already
-    Rule("position_embedding", "embeddings.position_embedding.weight", "n d -> 1 n d"),
-    *clip_block("encoder.layers.{n}"),
-    *normed("final_norm", "post_layernorm"),
-    *attention_pool("pool_head", "head"),
+    *linear("patches/projection", "embeddings.patch_embedding"),
+    *siglip.AFTER_PATCHES,
 )
 DEFAULTS = {"num_patches": 256, "patch_size": 16}
 

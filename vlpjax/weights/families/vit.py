@@ -13,18 +13,15 @@ from flax import linen as nn
 
 from vlpjax.errors import UserError
 from vlpjax.models.vit import ViT
+from vlpjax.weights.configs import activation_named, filled_in, require, their_activation
 from vlpjax.weights.encoders import (
-    activation_named,
     convolved,
     expect,
-    filled_in,
     hold,
     linear,
     mlp_width,
     normed,
-    require,
     size,
-    their_activation,
     their_size,
     tower_example,
     vit_block,
