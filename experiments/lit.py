@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import optax
 
+from experiments._bundled import SEEN, UNSEEN, source
 from vlpjax.config import Config, spec
 from vlpjax.data.cache import Prepared
 from vlpjax.data.pipeline import Pipeline
-from vlpjax.data.sources import TFDS
 from vlpjax.data.tokenizers import JsonTokenizer
 from vlpjax.data.transforms import Decode, DrawCaption, FixedCaption, Normalize, Resize, Tokenize, Trim
 from vlpjax.errors import UserError
@@ -40,8 +40,6 @@ SYSTEM = dict(
     published="ViT-g/14 locked: 84.5 % zero-shot ImageNet",
     measured="held-out style, R@1 among 1,594: 18.0 / 18.5 % (the command in the file)",
 )
-SEEN = "noto+noto_v1+twemoji+emojione+fluent_flat+fluent_gradient"
-UNSEEN = "openmoji"  # a vendor whose drawings are never trained on
 IMAGES, TEXTS = "weights/efficientnet_lite0", "weights/minilm"
 SIZE, LENGTH, JOINT = 128, 16, 1024
 
@@ -67,7 +65,7 @@ def get_config(split: str = "locked") -> Config:
         Pipeline,
         source=spec(
             Prepared,
-            source=_source(SEEN),
+            source=source(SEEN),
             transforms=dict(decode=spec(Decode), trim=spec(Trim), resize=spec(Resize, size=SIZE)),
         ),
         transforms=dict(
@@ -88,7 +86,7 @@ def get_config(split: str = "locked") -> Config:
     )
     test = spec(
         Pipeline,
-        source=_source(UNSEEN),
+        source=source(UNSEEN),
         transforms=dict(
             decode=spec(Decode),
             trim=spec(Trim),
@@ -139,10 +137,6 @@ def _small_text() -> Config:
         embedding=JOINT,
         norm="rms",
     )
-
-
-def _source(vendors: str) -> Config:
-    return spec(TFDS, directory="bundled:emoji1594/1.0.0", split=vendors)
 
 
 def _tokenize() -> Config:

@@ -5,25 +5,18 @@ python -m vlpjax.main --config=experiments/quickstart.py --workdir=runs/quicksta
 
 from __future__ import annotations
 
+from experiments._bundled import SEEN, UNSEEN, VOCABULARY, normalize, pairs, prepared, source, tokenize
 from vlpjax.config import Config, spec
-from vlpjax.data.cache import Prepared
 from vlpjax.data.pipeline import Pipeline
-from vlpjax.data.sources import TFDS, Filter
-from vlpjax.data.tokenizers import SentencePieceTokenizer
 from vlpjax.data.transforms import (
     ColorJitter,
-    Decode,
     DrawCaption,
-    FixedCaption,
     Grayscale,
-    Normalize,
     Outline,
     RandomAffine,
     RandomFlip,
     Resize,
-    Tokenize,
     TranslatedName,
-    Trim,
 )
 from vlpjax.errors import UserError
 from vlpjax.evaluators.retrieval import Retrieval
@@ -43,9 +36,6 @@ SYSTEM = dict(
     published="ViT-B/32 on LAION-400M: 62.9 % zero-shot ImageNet (open_clip)",
     measured="held-out style, R@1 among 1,594: see above (`make quickstart`)",
 )
-SEEN = "noto+noto_v1+twemoji+emojione+fluent_flat+fluent_gradient"
-UNSEEN = "openmoji"  # a vendor whose drawings are never trained on
-HELD_OUT = (0,)  # the fold of concepts that the concept split never trains on
 # The language split: names in these languages are trained on, names in the others are only tested.
 LANGUAGES = ("en", "de", "nl", "sv", "fr", "es", "it", "ro")
 OTHER_LANGUAGES = ("pt", "no")
@@ -70,7 +60,7 @@ def get_config(split: str = "style") -> Config:
         ),
         text=spec(
             TextTransformer,
-            vocabulary=3000,
+            vocabulary=VOCABULARY,
             length=length,
             width=128,
             depth=1,
@@ -84,11 +74,7 @@ def get_config(split: str = "style") -> Config:
     config.objectives = dict(clip=dict(weight=1.0, loss=spec(InfoNCE, same="label", temperature=0.04)))
     config.data.train = spec(
         Pipeline,
-        source=spec(
-            Prepared,
-            source=_source(SEEN, split, held_out=False),
-            transforms=dict(decode=spec(Decode), trim=spec(Trim)),
-        ),
+        source=prepared(source(SEEN, _concepts(split, held_out=False))),
         transforms=dict(
             flip=spec(RandomFlip),
             affine=spec(RandomAffine, rotate=8.0, translate=0.05, scale=(0.85, 1.15), shear=3.0),
@@ -99,8 +85,8 @@ def get_config(split: str = "style") -> Config:
             ),
             grayscale=spec(Grayscale, probability=0.12),
             caption=spec(DrawCaption, weights=(0.8, 0.2), max_parts=4),
-            tokenize=_tokenize(length),
-            normalize=_normalize(),
+            tokenize=tokenize(length),
+            normalize=normalize(),
         ),
         batch_size=128,
         keep=("image", "text", "label"),
@@ -130,7 +116,7 @@ def get_config(split: str = "style") -> Config:
             zeroshot=spec(
                 ZeroShot,
                 data=_test(UNSEEN, split, length),
-                tokenize=_tokenize(length),
+                tokenize=tokenize(length),
                 title="zero-shot, held-out style",
             ),
         )
@@ -146,38 +132,11 @@ def get_config(split: str = "style") -> Config:
     return config
 
 
-def _source(vendors: str, split: str, *, held_out: bool) -> Config:
-    source = spec(TFDS, directory="bundled:emoji1594/1.0.0", split=vendors)
+def _concepts(split: str, *, held_out: bool) -> str:
     if split != "concept":
-        return source
-    return spec(Filter, source=source, field="fold", values=HELD_OUT, exclude=not held_out)
+        return "all"
+    return "held_out" if held_out else "seen"
 
 
 def _test(vendor: str, split: str, length: int) -> Config:
-    """The drawings of one vendor, each with its name, once and in order."""
-    return spec(
-        Pipeline,
-        source=_source(vendor, split, held_out=True),
-        transforms=dict(
-            decode=spec(Decode),
-            trim=spec(Trim),
-            resize=spec(Resize, size=SIZE, resample="bilinear"),
-            caption=spec(FixedCaption),
-            tokenize=_tokenize(length),
-            normalize=_normalize(),
-        ),
-        batch_size=256,
-        shuffle=False,
-        repeat=False,
-        keep=("image", "text"),
-    )
-
-
-def _tokenize(length: int) -> Config:
-    tokenizer = spec(SentencePieceTokenizer, path="bundled:emoji1594.spm.model")
-    return spec(Tokenize, tokenizer=tokenizer, length=length, lower=True)
-
-
-def _normalize() -> Config:
-    """White paper becomes exactly 0, so that a patch holds what is drawn and not the paper."""
-    return spec(Normalize, mean=(1.0, 1.0, 1.0), std=(1 / 3, 1 / 3, 1 / 3))
+    return pairs(vendor, SIZE, length, _concepts(split, held_out=True))

@@ -83,8 +83,8 @@ def parameter_rows(run: Run) -> list[ParameterRow]:
 
 
 def describe(config: ConfigDict) -> str:
-    """The whole description as text."""
-    run = Run.from_config(config)
+    """The whole description as text.  Where ``config.data.example`` declares the data, it need not be there."""
+    run = Run.from_config(config, data="example" not in config.data)
     rows = parameter_rows(run)
     sections = [
         _head(run),

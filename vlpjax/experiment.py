@@ -98,9 +98,13 @@ class Experiment:
         teachers: Any,
         states: Any,
         step: Any,
+        row_rng: jax.Array | None = None,
     ) -> dict[str, Loss]:
         """All losses of a batch on bound towers.  Initialisation runs this very code, with no teachers yet."""
-        context = Context(student=towers, batch=batch, rng=rng, step=step, teachers=teachers)
+        context = Context(
+            student=towers, batch=batch, rng=rng, step=step, teachers=teachers, durations=self.durations,
+            row_rng=row_rng,
+        )  # fmt: skip
         return {
             name: objective(context.of(name, states[name]))
             for name, (_, objective) in self.objectives.items()

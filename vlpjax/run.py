@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from vlpjax.config import Config, apply_overrides, build, suggest
 from vlpjax.data.pipeline import Pipeline
+from vlpjax.data.sources import Declared
 from vlpjax.durations import Durations
 from vlpjax.errors import UserError
 from vlpjax.experiment import Experiment, base_config
@@ -41,11 +42,16 @@ class Run:
     experiment: Experiment
 
     @classmethod
-    def from_config(cls, config: ConfigDict) -> Run:
-        """Builds everything that can be checked before anything is compiled."""
+    def from_config(cls, config: ConfigDict, *, data: bool = True) -> Run:
+        """Builds everything that can be checked before anything is compiled.
+
+        Args:
+          data: whether the training data is there.  Otherwise what ``config.data.example`` declares stands for it,
+            which is all that describing and compiling need.
+        """
         check_complete(config)
         layout = make_layout(config.mesh, config.sharding_rules)
-        pipeline = build(config.data.train)
+        pipeline = build(config.data.train) if data else declared_pipeline(config)
         if not isinstance(pipeline, Pipeline):
             raise UserError("config.data.train must be a spec of vlpjax.data.pipeline:Pipeline.")
         length = Durations(pipeline.batch_size, pipeline.num_examples)
@@ -64,8 +70,20 @@ class Run:
     @functools.cached_property
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and types of a global batch, found by making one example."""
-        row = self.pipeline.batch(0, rows=[0])
-        size = self.pipeline.batch_size
+        shapes = self._shapes(self.pipeline)
+        if "example" in self.config.data:
+            declared = self._shapes(declared_pipeline(self.config))
+            wrong = [name for name, shape in declared.items() if shapes.get(name) != shape]
+            if wrong:
+                raise UserError(
+                    f"config.data.example declares {wrong[0]!r} as {_short(declared[wrong[0]])}, but the data has "
+                    f"{_short(shapes.get(wrong[0]))}."
+                )
+        return shapes
+
+    @staticmethod
+    def _shapes(pipeline: Pipeline) -> dict[str, jax.ShapeDtypeStruct]:
+        row, size = pipeline.batch(0, rows=[0]), pipeline.batch_size
         return {name: jax.ShapeDtypeStruct((size, *np.shape(x)[1:]), x.dtype) for name, x in row.items()}
 
     @functools.cached_property
@@ -78,12 +96,28 @@ class Run:
         return max(1, self.experiment.durations.steps(duration, what)) if duration else 0
 
 
+def declared_pipeline(config: ConfigDict) -> Pipeline:
+    """Batches of zeros as ``config.data.example`` and ``config.data.examples`` declare them."""
+    for name in ("example", "examples"):
+        if name not in config.data:
+            raise UserError(
+                f"config.data.{name} is not set; without the data itself, it must say what an example looks like."
+            )
+    source = Declared(dict(config.data.example), config.data.examples)
+    return Pipeline(source, {}, config.data.train.batch_size, shuffle=False, keep=tuple(config.data.example))
+
+
+def _short(shape: jax.ShapeDtypeStruct | None) -> str:
+    return "no such field" if shape is None else f"{shape.dtype}{list(shape.shape[1:])}"
+
+
 def check_complete(config: ConfigDict) -> None:
     """Raises ``UserError`` for a field that nothing reads, and for a part that must be set and is not."""
     known = base_config()
     _only(config, known, "config")
     for group in ("start", "checkpoint", "log"):
         _only(config[group], known[group], f"config.{group}")
+    _only(config.data, ("train", "example", "examples"), "config.data")
     for name in config.objectives:
         _only(config.objectives[name], ("weight", "loss"), f"config.objectives.{name}")
         for field in ("weight", "loss"):

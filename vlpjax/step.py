@@ -134,7 +134,7 @@ def _plain_gradients(
             state.statistics,
             micro=0,
             function=lambda towers, rng, teachers: experiment.run_objectives(
-                towers, batch, rng, teachers, state.objectives, state.step
+                towers, batch, rng, teachers, state.objectives, state.step, _step_key(experiment, state)
             ),
         )
         return _weighted(experiment, losses), (losses, statistics)
@@ -153,7 +153,8 @@ def _accumulated_gradients(
     3. Encode every micro-batch again, with the same random keys, and pull its features' gradients back;
        objectives that are means over examples are evaluated and differentiated here.
 
-    Normalisation layers that use batch statistics see micro-batches.
+    Normalisation layers that use batch statistics see micro-batches inside ``encode`` (backbones), and the full batch
+    inside ``compare`` (the heads of objectives that compare), as without accumulation.
     """
     parts = experiment.accumulate
     coupled = {
@@ -164,10 +165,15 @@ def _accumulated_gradients(
     single = {name: item for name, item in experiment.objectives.items() if name not in coupled}
     batches = jax.tree.map(lambda x: _split(x, parts), dict(batch))  # [k, B/k, ...]
     indices = jnp.arange(parts)
+    rows = _split(jnp.arange(len(jax.tree.leaves(dict(batch))[0])), parts)  # [k, B/k]
+    step_key = _step_key(experiment, state)
 
     def run(params: Any, statistics: Any, states: Any, micro: jax.Array, micro_batch: Batch) -> Any:
         def function(towers: Towers, rng: jax.Array, teachers: Any) -> Any:
-            context = Context(towers, micro_batch, rng, state.step, teachers=teachers)
+            context = Context(
+                towers, micro_batch, rng, state.step, teachers=teachers, durations=experiment.durations,
+                rows=rows[micro], row_rng=step_key,
+            )  # fmt: skip
             features = {name: objective.encode(context.of(name)) for name, (_, objective) in coupled.items()}
             losses = {
                 name: objective(context.of(name, states[name])) for name, (_, objective) in single.items()
@@ -179,19 +185,27 @@ def _accumulated_gradients(
     def encode(_: None, item: Any) -> tuple[None, Any]:
         return None, run(state.params, state.statistics, state.objectives, *item)[0][0]
 
-    def compare(params: Any, features: Any) -> tuple[jax.Array, dict[str, Loss]]:
+    def compare(params: Any, features: Any) -> tuple[jax.Array, tuple[dict[str, Loss], Any]]:
         def function(towers: Towers, rng: jax.Array, teachers: Any) -> dict[str, Loss]:
-            context = Context(towers, batch, rng, state.step, teachers=teachers)
+            context = Context(
+                towers,
+                batch,
+                rng,
+                state.step,
+                teachers=teachers,
+                durations=experiment.durations,
+                row_rng=step_key,
+            )
             return {
                 name: objective.compare(features[name], context.of(name, state.objectives[name]))
                 for name, (_, objective) in coupled.items()
             }
 
-        losses, _ = _apply(experiment, state, params, state.statistics, 0, function)
-        return _weighted(experiment, losses), losses
+        losses, statistics = _apply(experiment, state, params, state.statistics, 0, function)
+        return _weighted(experiment, losses), (losses, statistics)
 
     features = jax.tree.map(_join, jax.lax.scan(encode, None, (indices, batches))[1])  # [B, ...]
-    (grads, feature_grads), coupled_losses = jax.grad(compare, argnums=(0, 1), has_aux=True)(
+    (grads, feature_grads), (coupled_losses, statistics) = jax.grad(compare, argnums=(0, 1), has_aux=True)(
         state.params, features
     )
     feature_grads = jax.tree.map(lambda x: _split(x, parts), feature_grads)
@@ -211,7 +225,7 @@ def _accumulated_gradients(
         states = states | {name: loss.state for name, loss in losses.items()}
         return (jax.tree.map(jnp.add, total, grads), statistics, states), losses
 
-    carry = (grads, state.statistics, dict(state.objectives))
+    carry = (grads, statistics, dict(state.objectives))
     (grads, statistics, states), stacked = jax.lax.scan(pull_back, carry, (indices, batches, feature_grads))
     mean = {
         name: Loss(jnp.mean(loss.value), jax.tree.map(jnp.mean, dict(loss.metrics)), states[name])
@@ -229,10 +243,10 @@ def _apply(
     function: Callable[[Towers, jax.Array, Any], Any],
 ) -> tuple[Any, Any]:
     """``function`` on bound towers and teachers; returns its result and the new statistics."""
-    rng = fold_name(jax.random.fold_in(jax.random.key(experiment.seed), state.step), "objectives")
-    rng = jax.random.fold_in(rng, micro)
+    rng = jax.random.fold_in(_step_key(experiment, state), micro)
     teachers = {
-        name: experiment.towers.bind({"params": params, "batch_stats": statistics})
+        # Mutable, so that heads may take the statistics of the batch; what they would remember is dropped.
+        name: experiment.towers.bind({"params": params, "batch_stats": statistics}, mutable=["batch_stats"])
         for name, params in state.teachers.items()
     }
     variables = {"params": params, "batch_stats": statistics}
@@ -245,6 +259,10 @@ def _apply(
         method=lambda towers, rng, teachers: function(towers, rng, teachers),
     )
     return result, {**statistics, **updated.get("batch_stats", {})}
+
+
+def _step_key(experiment: Experiment, state: TrainState) -> jax.Array:
+    return fold_name(jax.random.fold_in(jax.random.key(experiment.seed), state.step), "objectives")
 
 
 def _weighted(experiment: Experiment, losses: Mapping[str, Loss]) -> jax.Array:

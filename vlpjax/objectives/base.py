@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlpjax.config import suggest
+from vlpjax.durations import Durations
 from vlpjax.errors import UserError
 from vlpjax.models.towers import Towers
 
@@ -54,12 +55,15 @@ class Context:
       student: the towers with the parameters that are trained.
       teachers: per name, the towers with a teacher's parameters; their outputs carry no gradient.
       batch: per field, an array with the examples on the first dimension.
-      rng: the step's random key.
+      rng: the random key of the step, and of the micro-batch where there are several.
       step: number of the step, from 0.
       state: this objective's state.
       train: whether towers run in training mode.
       objective: name of the objective, which prefixes its heads' names.
       outputs: tower outputs of this step, so that objectives share forward passes.
+      rows: int32 [B], the rows that the examples have in the step's whole batch; None is 0 to B - 1.
+      row_rng: the random key that per-example draws start from, the same for all micro-batches; None is ``rng``.
+      durations: turn the durations of schedules into steps; None where nothing is scheduled.
     """
 
     student: Towers
@@ -71,6 +75,9 @@ class Context:
     state: Any = ()
     objective: str = ""
     outputs: dict[Any, Any] = field(default_factory=dict)
+    rows: jax.Array | None = None
+    row_rng: jax.Array | None = None
+    durations: Durations | None = None
 
     def of(self, objective: str, state: Any = ()) -> Context:
         """The same context as another objective sees it; tower outputs are shared."""
@@ -84,28 +91,111 @@ class Context:
             )
         return self.batch[name]
 
-    def encode(self, tower: str, name: str, teacher: str | None = None) -> dict[str, jax.Array]:
-        """The outputs of a tower on a field of the batch, computed once per step however many ask for it."""
-        where = (tower, name, teacher)
+    def encode(
+        self, tower: str, name: str, teacher: str | None = None, variant: str = "", **options: Any
+    ) -> dict[str, Any]:
+        """The outputs of a tower on a field of the batch, computed once per step however many ask for it.
+
+        Args:
+          teacher: whose parameters to use; a teacher's backbones run with ``train=False``.
+          variant: names what ``options`` make different (``"masked"``); calls with options share their outputs
+            only with calls of the same variant.
+          options: further arguments of the tower, such as ``masked=`` of a ViT.
+        """
+        return self._encoded((tower, name, teacher, variant), tower, self.read(name), teacher, options)
+
+    def encode_views(
+        self, tower: str, names: Sequence[str], teacher: str | None = None, variant: str = "", **options: Any
+    ) -> dict[str, Any]:
+        """The outputs of a tower on several fields of equal shape, in one pass over ``B * V`` examples.
+
+        Every output is [B, V, ...], the views in the order of ``names``.  The views of an example stay on the
+        device that holds the example.
+
+        Args:
+          options: as in :meth:`encode`; arrays are [B, V, ...].
+        """
+        fields = [self.read(name) for name in names]
+        shapes = {name: value.shape for name, value in zip(names, fields, strict=True)}
+        if len(set(shapes.values())) != 1:
+            raise UserError(
+                f"objectives.{self.objective} encodes views of different shapes together: {shapes}."
+            )
+        batch, views = fields[0].shape[0], len(names)
+        joined = jnp.stack(fields, axis=1).reshape(batch * views, *fields[0].shape[1:])
+        options = {
+            key: value.reshape(batch * views, *value.shape[2:]) if isinstance(value, jax.Array) else value
+            for key, value in options.items()
+        }
+        outputs = self._encoded((tower, tuple(names), teacher, variant), tower, joined, teacher, options)
+        return jax.tree.map(lambda x: x.reshape(batch, views, *x.shape[1:]), outputs)
+
+    def _encoded(
+        self, where: Any, tower: str, inputs: jax.Array, teacher: str | None, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        if options and not where[-1]:
+            raise TypeError(
+                f"encode({tower!r}, ...) with {', '.join(options)} needs a variant to be remembered by"
+            )
         if where not in self.outputs:
             if teacher is None:
-                self.outputs[where] = self.student.call(tower, self.read(name), train=self.train)
-            elif teacher in self.teachers:
-                outputs = self.teachers[teacher].call(tower, self.read(name), train=False)
-                self.outputs[where] = jax.tree.map(jax.lax.stop_gradient, outputs)
+                self.outputs[where] = self.student.call(tower, inputs, train=self.train, **options)
             else:
-                raise UserError(
-                    f"objectives.{self.objective} asks for the teacher {teacher!r}{suggest(teacher, self.teachers)}."
-                )
+                outputs = self._teacher(teacher).call(tower, inputs, train=False, **options)
+                self.outputs[where] = jax.tree.map(jax.lax.stop_gradient, outputs)
         return self.outputs[where]
 
-    def head(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Calls a head of this objective."""
-        return self.student.call(head_name(self.objective, name), *args, train=self.train, **kwargs)
+    def _teacher(self, name: str) -> Towers:
+        if name not in self.teachers:
+            raise UserError(
+                f"objectives.{self.objective} asks for the teacher {name!r}{suggest(name, self.teachers)}."
+            )
+        return self.teachers[name]
+
+    def head(self, name: str, *args: Any, teacher: str | None = None, **kwargs: Any) -> Any:
+        """Calls a head of this objective, or a teacher's copy of it, whose outputs carry no gradient.
+
+        Both see the statistics of the batch in training: a teacher's projector with BatchNorm does as well
+        ("Bootstrap your own latent", arXiv 2006.07733; MoCo v3, arXiv 2104.02057), and leaves no running ones.
+        """
+        full = head_name(self.objective, name)
+        if teacher is None:
+            return self.student.call(full, *args, train=self.train, **kwargs)
+        outputs = self._teacher(teacher).call(full, *args, train=self.train, **kwargs)
+        return jax.tree.map(jax.lax.stop_gradient, outputs)
 
     def key(self, name: str) -> jax.Array:
-        """A random key for this objective and this purpose."""
+        """A random key for this objective and this purpose; every micro-batch has its own."""
         return fold_name(self.rng, f"{self.objective}/{name}")
+
+    def row_keys(self, name: str, batch: int) -> jax.Array:
+        """A random key per example [B]: a function of (seed, step, name, row) however the batch is split up.
+
+        What is drawn from these (a mask, a sub-network per example) is the same with any number of micro-batches
+        and on any mesh.
+        """
+        base = fold_name(self.rng if self.row_rng is None else self.row_rng, f"{self.objective}/{name}")
+        rows = jnp.arange(batch) if self.rows is None else self.rows
+        return jax.vmap(jax.random.fold_in, (None, 0))(base, rows)
+
+    def steps(self, duration: str, what: str) -> int:
+        """A duration of a schedule as a number of steps.
+
+        Args:
+          what: the field that holds it, for messages.
+        """
+        if self.durations is None:
+            raise UserError(
+                f"objectives.{self.objective}.{what} is {duration!r}, but the run's length is unknown."
+            )
+        return self.durations.steps(duration, f"objectives.{self.objective}.{what}")
+
+    def ramp(self, start: float, end: float, duration: str, what: str) -> Float[Array, ""]:
+        """``start`` at the first step, rising or falling linearly to ``end``, which it has after ``duration``."""
+        if start == end or not duration:
+            return jnp.float32(end)
+        share = jnp.minimum(1.0, self.step.astype(jnp.float32) / max(1, self.steps(duration, what)))
+        return start + (end - start) * share
 
 
 def head_name(objective: str, head: str) -> str:

@@ -1,0 +1,98 @@
+"""What experiments on the bundled drawings share: which vendors are seen, how pictures and captions are made ready.
+
+No experiment itself (files whose names begin with an underscore are none).  ``size`` is in pixels, ``length`` in
+tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlpjax.config import Config, spec
+from vlpjax.data.cache import Prepared
+from vlpjax.data.pipeline import Pipeline
+from vlpjax.data.sources import TFDS, Filter
+from vlpjax.data.tokenizers import SentencePieceTokenizer
+from vlpjax.data.transforms import Decode, FixedCaption, Normalize, Resize, Tokenize, Trim
+from vlpjax.evaluators.retrieval import Retrieval
+
+SEEN = "noto+noto_v1+twemoji+emojione+fluent_flat+fluent_gradient"
+UNSEEN = "openmoji"  # a vendor whose drawings are never trained on
+HELD_OUT = (0,)  # the fold of concepts that the concept split never trains on
+VOCABULARY = 3000  # pieces of the bundled tokenizer
+
+
+def source(vendors: str, concepts: str = "all") -> Config:
+    """The drawings of some vendors: of ``"all"`` concepts, of the ``"seen"`` ones or of those ``"held_out"``."""
+    drawings = spec(TFDS, directory="bundled:emoji1594/1.0.0", split=vendors)
+    if concepts == "all":
+        return drawings
+    return spec(Filter, source=drawings, field="fold", values=HELD_OUT, exclude=concepts == "seen")
+
+
+def prepared(drawings: Config) -> Config:
+    """The same, decoded and trimmed once and then remembered."""
+    return spec(Prepared, source=drawings, transforms=dict(decode=spec(Decode), trim=spec(Trim)))
+
+
+def tokenize(length: int) -> Config:
+    """Captions to ids with the bundled tokenizer."""
+    tokenizer = spec(SentencePieceTokenizer, path="bundled:emoji1594.spm.model")
+    return spec(Tokenize, tokenizer=tokenizer, length=length, lower=True)
+
+
+def normalize() -> Config:
+    """White paper becomes exactly 0, so that a patch holds what is drawn and not the paper."""
+    return spec(Normalize, mean=(1.0, 1.0, 1.0), std=(1 / 3, 1 / 3, 1 / 3))
+
+
+def train(
+    transforms: Mapping[str, Any], keep: tuple[str, ...], batch_size: int, concepts: str = "all"
+) -> Config:
+    """The seen vendors' drawings, shuffled without end.  ``transforms`` come after decoding and trimming."""
+    return spec(
+        Pipeline,
+        source=prepared(source(SEEN, concepts)),
+        transforms=dict(transforms),
+        batch_size=batch_size,
+        keep=keep,
+    )
+
+
+def images(vendors: str, size: int, concepts: str = "all") -> Config:
+    """Drawings with their labels (fields ``image`` and ``label``), once and in order."""
+    steps = dict(resize=spec(Resize, size=size, resample="bilinear"), normalize=normalize())
+    return _once(prepared(source(vendors, concepts)), steps, ("image", "label"))
+
+
+def pairs(
+    vendor: str, size: int, length: int, concepts: str = "all", caption: Config | None = None
+) -> Config:
+    """The drawings of one vendor, each with its name (fields ``image`` and ``text``), once and in order."""
+    steps = dict(
+        decode=spec(Decode),
+        trim=spec(Trim),
+        resize=spec(Resize, size=size, resample="bilinear"),
+        caption=spec(FixedCaption) if caption is None else caption,
+        tokenize=tokenize(length),
+        normalize=normalize(),
+    )
+    return _once(source(vendor, concepts), steps, ("image", "text"))
+
+
+def retrieval(size: int, length: int) -> Config:
+    """Retrieval among the drawings of the vendor that was never trained on."""
+    return spec(Retrieval, data=pairs(UNSEEN, size, length), title="held-out style")
+
+
+def _once(drawings: Config, transforms: Mapping[str, Any], keep: tuple[str, ...]) -> Config:
+    return spec(
+        Pipeline,
+        source=drawings,
+        transforms=dict(transforms),
+        batch_size=256,
+        shuffle=False,
+        repeat=False,
+        keep=keep,
+    )
