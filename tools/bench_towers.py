@@ -26,7 +26,8 @@ from flax import linen as nn
 from vlpjax.models.decoder import Decoder
 from vlpjax.models.positions import Rotary
 from vlpjax.models.text import TextTransformer
-from vlpjax.models.vit import ViT, variant
+from vlpjax.models.vit import ViT
+from vlpjax.models.vit_variants import variant
 
 Turn = Callable[[], None]
 
