@@ -1,0 +1,55 @@
+"""Evaluators on features that a test gives: a tower that passes its input on, and data sets of labelled features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from tests.tiny import Rows, experiment_of, layout_of, model_config, rows_of
+from vlpjax.config import spec
+from vlpjax.data.pipeline import Pipeline
+from vlpjax.data.sources.base import digest
+from vlpjax.evaluators.base import Evaluator, Result
+from vlpjax.mesh import Layout
+from vlpjax.models.heads import Scalar
+
+
+class Given(nn.Module):
+    """A tower whose features are what it is fed, times one parameter."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
+        out = x * Scalar(1.0, name="scale")()
+        return {"embedding": out, "pooled": out, "tokens": out}
+
+
+class Fingerprinted(Rows):
+    """Rows that are told apart by what they hold."""
+
+    def fingerprint(self) -> str:
+        return digest(
+            [sorted((name, np.asarray(x).tobytes().hex()) for name, x in row.items()) for row in self.rows]
+        )
+
+
+def dataset(batch_size: int = 8, **columns: Any) -> Pipeline:
+    """A finite pipeline of given fields; NumPy arrays are taken row by row."""
+    rows = rows_of(**{name: list(values) for name, values in columns.items()}).rows
+    return Pipeline(Fingerprinted(rows), {}, batch_size=batch_size, shuffle=False, repeat=False)
+
+
+def variables(layout: Layout, scale: float = 2.0) -> dict[str, Any]:
+    """Parameters of the tower ``image``."""
+    params = {"image": {"scale": {"value": np.float32(scale)}}}
+    return {"params": jax.device_put(params, layout.replicated)}
+
+
+def evaluate(evaluator: Evaluator, devices: int = 1) -> Result:
+    """What the evaluator finds with the tower ``image`` passing the data's features on."""
+    config = model_config()
+    config.towers = dict(image=spec(Given), text=spec(Given))
+    layout = layout_of(devices)
+    return evaluator.make(experiment_of(config), layout)(variables(layout))
