@@ -60,7 +60,9 @@ class Contrastive(BatchCoupled):
 
 
 def local_rows(
-    queries: Float[Array, "batch features"], keys: Float[Array, "batch features"], scale: Float[Array, ""]
+    queries: Float[Array, "batch features"],
+    keys: Float[Array, "batch features"],
+    scale: Float[Array, ""] | float,
 ) -> Float[Array, "batch batch"]:
     """scale * queries @ keys^T, rows on the devices of their queries, keys gathered."""
     queries = constrain(queries, "frames", None) * scale
