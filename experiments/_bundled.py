@@ -15,6 +15,7 @@ from vlpjax.data.pipeline import Pipeline
 from vlpjax.data.sources import TFDS, Filter
 from vlpjax.data.tokenizers import SentencePieceTokenizer
 from vlpjax.data.transforms import Decode, FixedCaption, Normalize, Resize, Tokenize, Trim
+from vlpjax.evaluators.knn import KNN
 from vlpjax.evaluators.retrieval import Retrieval
 
 SEEN = "noto+noto_v1+twemoji+emojione+fluent_flat+fluent_gradient"
@@ -84,6 +85,17 @@ def pairs(
 def retrieval(size: int, length: int) -> Config:
     """Retrieval among the drawings of the vendor that was never trained on."""
     return spec(Retrieval, data=pairs(UNSEEN, size, length), title="held-out style")
+
+
+def knn(size: int, **fields: Any) -> Config:
+    """Neighbours of the unseen vendor's drawings among the seen vendors' ones; the concept is the class."""
+    return spec(
+        KNN,
+        train=images(SEEN, size),
+        test=images(UNSEEN, size),
+        title="k-NN, held-out style",
+        **fields,
+    )
 
 
 def _once(drawings: Config, transforms: Mapping[str, Any], keep: tuple[str, ...]) -> Config:

@@ -34,7 +34,7 @@ class ParameterRow:
       sharding: the mesh axes per dimension.
       bytes_per_device: of the parameter itself.
       initializer: how it starts.
-      rate: learning-rate factor; None is frozen.
+      rate: learning-rate factor, of the last layer where layers are stacked; None is frozen.
       decay: weight-decay factor.
     """
 
@@ -56,6 +56,7 @@ def parameter_rows(run: Run) -> list[ParameterRow]:
     boxed = jax.eval_shape(run.experiment.initial_variables, sample)["params"]
     boxes = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
     factors = run.experiment.optimizer.factors(abstract.params)
+    layers = run.experiment.optimizer.layer_factors(abstract.params)
     rows = []
     for name, box, leaf, sharding in zip(
         tree_names(abstract.params),
@@ -66,6 +67,7 @@ def parameter_rows(run: Run) -> list[ParameterRow]:
     ):
         local = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         rate, decay = factors[name]
+        rate = None if rate is None else rate * float(layers[name].max())
         rows.append(
             ParameterRow(
                 name=name,

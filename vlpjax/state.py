@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from flax import struct
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vlpjax.mesh import Layout
 from vlpjax.rules import map_with_names, tree_names
@@ -38,7 +38,8 @@ def state_shardings(abstract: TrainState, param_shardings: Any, layout: Layout) 
     """A sharding for every leaf of the state.
 
     Whatever mirrors a parameter (an optimizer's moment, a teacher's copy) is found by its name, which ends
-    in the parameter's, and by its shape, and lies where the parameter lies.  Everything else is replicated.
+    in the parameter's, and by its shape, and lies where the parameter lies.  What lacks one dimension of it (a
+    factored moment) lies where the others lie.  Everything else is replicated.
     """
     by_name = dict(zip(tree_names(param_shardings), jax.tree.leaves(param_shardings), strict=True))
     shapes = {
@@ -52,9 +53,23 @@ def state_shardings(abstract: TrainState, param_shardings: Any, layout: Layout) 
             parameter = "/".join(parts[start:])
             if parameter in by_name and shapes[parameter] == leaf.shape:
                 return by_name[parameter]
+            if parameter in by_name and len(shapes[parameter]) == len(leaf.shape) + 1:
+                return _without_one(by_name[parameter], shapes[parameter], leaf.shape)
         return layout.replicated
 
     return map_with_names(place, abstract)
+
+
+def _without_one(sharding: NamedSharding, whole: tuple[int, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """Where an array lies that lacks a dimension of another; the smallest share per device, if two could lack."""
+    entries = tuple(sharding.spec) + (None,) * (len(whole) - len(sharding.spec))
+    candidates = [
+        NamedSharding(sharding.mesh, PartitionSpec(*entries[:axis], *entries[axis + 1 :]))
+        for axis in range(len(whole))
+        if whole[:axis] + whole[axis + 1 :] == shape
+    ]
+    replicated = NamedSharding(sharding.mesh, PartitionSpec())
+    return min(candidates, key=lambda one: math.prod(one.shard_shape(shape)), default=replicated)
 
 
 def replicated_share(abstract: Any, shardings: Any) -> float:

@@ -16,7 +16,7 @@ from vlpjax.checkpoint import Checkpoints, load_params
 from vlpjax.config import build, suggest
 from vlpjax.data.feed import HostReport, feed
 from vlpjax.errors import UserError
-from vlpjax.evaluators.base import Evaluator, Result
+from vlpjax.evaluators.base import Evaluator, Result, shared_features
 from vlpjax.observe.clock import Clock
 from vlpjax.observe.environment import describe_environment
 from vlpjax.observe.metrics import MetricWriter, disk_full_is_told
@@ -185,6 +185,7 @@ def prepare_evaluators(run: Run) -> dict[str, tuple[int, Evaluation]]:
     return prepared
 
 
+@shared_features()  # evaluators of one step encode the same data once
 def evaluate(
     run: Run,
     evaluators: Mapping[str, tuple[int, Evaluation]],

@@ -22,10 +22,9 @@ from vlpjax.evaluators.base import (
     Evaluator,
     Result,
     Variables,
-    finite_batches,
+    encode_all,
     picture,
     require_finite,
-    to_host,
 )
 from vlpjax.experiment import Experiment
 from vlpjax.mesh import Layout, constrain
@@ -74,16 +73,8 @@ class Retrieval(Evaluator):
         rank = jax.jit(make_ranking(layout, self.chunk), out_shardings=layout.replicated)
 
         def evaluate(variables: Variables) -> Result:
-            features: dict[str, list[jax.Array]] = {"image": [], "text": []}
-            index: list[np.ndarray] = []
-            valid: list[np.ndarray] = []
-            for batch in finite_batches(pipeline, layout):
-                for name, encoder in encoders.items():
-                    features[name].append(encoder(variables, batch))
-                index.append(to_host(batch["index"], layout))
-                valid.append(to_host(batch["valid"], layout))
-            rows, real = np.concatenate(index), np.concatenate(valid)
-            z = {name: jnp.concatenate(parts) for name, parts in features.items()}  # [N, E]
+            z, columns = encode_all(pipeline, encoders, variables, layout)
+            rows, real = columns["index"], columns["valid"]
             result = Result({}, {})
             for source, target in (("image", "text"), ("text", "image")):
                 ranks, best, scores = map(np.asarray, rank(z[source], z[target], groups[rows], real))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,8 @@ from vlpjax.evaluators.base import (
     Evaluator,
     Result,
     Variables,
-    finite_batches,
+    encode_all,
     require_finite,
-    to_host,
 )
 from vlpjax.experiment import Experiment
 from vlpjax.mesh import Layout
@@ -70,19 +70,17 @@ class ZeroShot(Evaluator):
             z = z.reshape(len(names), len(self.templates), -1).mean(axis=1)  # [classes, E]
             return z / (jnp.linalg.norm(z, axis=-1, keepdims=True) + 1e-8)
 
-        @jax.jit
+        @functools.partial(jax.jit, out_shardings=layout.replicated)
         def predict(z: jax.Array, classifier: jax.Array) -> jax.Array:
             return jax.lax.top_k(z @ classifier.T, most)[1]  # [B, most]
 
         def evaluate(variables: Variables) -> Result:
             encoded = [texts(variables, {"text": jax.device_put(ids, sharding)}) for ids in prompts]
             classifier = combine(encoded)
-            hits = []
-            for batch in finite_batches(pipeline, layout):
-                best = to_host(predict(images(variables, batch), classifier), layout)
-                index, real = to_host(batch["index"], layout), to_host(batch["valid"], layout)
-                hits.append((best == class_of[index][:, None])[real])
-            hit = np.concatenate(hits)
+            z, columns = encode_all(pipeline, {"image": images}, variables, layout)
+            best = np.asarray(predict(z["image"], classifier))
+            real = columns["valid"]
+            hit = (best == class_of[columns["index"]][:, None])[real]
             ks = [k for k in self.ks if k <= len(names)]
             metrics = {f"top{k}": float(np.mean(hit[:, :k].any(axis=1))) for k in ks}
             return Result(metrics, {f"top{k}": k / len(names) for k in ks})

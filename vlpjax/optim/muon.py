@@ -15,6 +15,7 @@ import optax
 from optax import contrib
 
 from vlpjax.errors import UserError
+from vlpjax.optim.layers import layer_axes
 from vlpjax.rules import map_with_names, match_rules, tree_names
 
 # Kernels of attention keep heads apart: query, key and value are [in, heads, head_dim], the output projection
@@ -57,7 +58,7 @@ def muon(
     def inputs(tree: Any) -> dict[str, int]:
         counts = match_rules(matrices, tree_names(tree), "muon.matrices", strict=False)
         for name, leaf in zip(tree_names(tree), jax.tree.leaves(tree), strict=True):
-            if counts[name] and not 0 < counts[name] < len(leaf.shape) - _layer_axes(name):
+            if counts[name] and not 0 < counts[name] < len(leaf.shape) - layer_axes(name):
                 raise UserError(
                     f"muon.matrices reads {name} with {counts[name]} input dimensions, but its shape is {leaf.shape}; "
                     "inputs and outputs each need at least one."
@@ -72,7 +73,7 @@ def muon(
         counts = inputs(tree)
 
         def axes(name: str, leaf: jax.Array) -> contrib.MuonDimensionNumbers:
-            first = _layer_axes(name)
+            first = layer_axes(name)
             middle = first + counts[name]
             return contrib.MuonDimensionNumbers(tuple(range(first, middle)), tuple(range(middle, leaf.ndim)))
 
@@ -82,7 +83,7 @@ def muon(
         counts = inputs(updates)
 
         def wide(name: str, update: jax.Array) -> jax.Array:
-            shape = update.shape[_layer_axes(name) :]
+            shape = update.shape[layer_axes(name) :]
             rows, columns = math.prod(shape[: counts[name]]), math.prod(shape[counts[name] :])
             return rate * math.sqrt(max(1.0, columns / rows)) * update
 
@@ -91,8 +92,3 @@ def muon(
     orthogonal = contrib.scale_by_muon(ns_steps=steps, beta=beta, weight_dimension_numbers=dimensions)
     matrix = optax.chain(orthogonal, optax.stateless(lambda updates, params: scale(updates)))
     return optax.multi_transform({"matrix": matrix, "other": optax.scale_by_adam(b1, b2, eps)}, labels)
-
-
-def _layer_axes(name: str) -> int:
-    """How many leading axes of a parameter number layers: scanned blocks have one."""
-    return int("/blocks/" in f"/{name}")

@@ -13,11 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 from vlpjax.durations import Durations
 from vlpjax.errors import UserError
+from vlpjax.optim.layers import LayerDecay
 from vlpjax.rules import map_with_names, match_rules, tree_names
 
 
@@ -72,6 +74,9 @@ class Optimizer:
       decay_rules: (expression, factor of ``weight_decay``) per parameter name.  By default matrices decay,
         and scales, biases, positions, class tokens and temperatures do not.
       rate_rules: (expression, factor of ``learning_rate``); None freezes: no update, no moments, no decay.
+      layer_decay: learning rates that fall from layer to layer towards the input, on top of ``rate_rules``.
+      final_weight_decay: what ``weight_decay`` rises or falls to over the run, along half a cosine ("Emerging
+        Properties in Self-Supervised Vision Transformers", arXiv 2104.14294, appendix C); None keeps it.
     """
 
     direction: Any
@@ -81,6 +86,8 @@ class Optimizer:
     clip_norm: float | None = None
     decay_rules: tuple[tuple[str, float], ...] = ((r".*/(kernel|embedding)", 1.0), (r".*", 0.0))
     rate_rules: tuple[tuple[str, float | None], ...] = ((r".*", 1.0),)
+    layer_decay: LayerDecay | None = None
+    final_weight_decay: float | None = None
 
     def factors(self, params: Any) -> dict[str, tuple[float | None, float]]:
         """Per parameter name its (learning-rate factor or None, weight-decay factor)."""
@@ -89,24 +96,24 @@ class Optimizer:
         decays = match_rules(self.decay_rules, names, "optimizer.decay_rules")
         return {name: (rates[name], decays[name]) for name in names}
 
+    def layer_factors(self, params: Any) -> dict[str, np.ndarray]:
+        """Per parameter name the factor of its layer, of a shape that multiplies the parameter."""
+        if self.layer_decay is None:
+            return dict.fromkeys(tree_names(params), np.ones((), np.float32))
+        return self.layer_decay.factors(params)
+
     def make(self, params: Any, durations: Durations) -> optax.GradientTransformation:
         """The gradient transformation for parameters with these names (shapes are enough)."""
-        factors = self.factors(params)
+        factors, layers = self.factors(params), self.layer_factors(params)
         rate = self.schedule.make(durations)
 
-        def decay(updates: Any, state: optax.EmptyState, params: Any) -> tuple[Any, optax.EmptyState]:
-            def add(name: str, update: jax.Array, param: jax.Array) -> jax.Array:
-                return update + self.weight_decay * factors[name][1] * param
-
-            return map_with_names(add, updates, params), state
-
-        def scale(updates: Any, state: optax.EmptyState, params: Any) -> tuple[Any, optax.EmptyState]:
-            return map_with_names(lambda name, update: factors[name][0] * update, updates), state
+        def scale(updates: Any, params: Any) -> Any:
+            return map_with_names(lambda name, update: layers[name] * factors[name][0] * update, updates)
 
         parts = [
             self.direction,
-            optax.GradientTransformation(lambda params: optax.EmptyState(), decay),
-            optax.GradientTransformation(lambda params: optax.EmptyState(), scale),
+            self._decay(factors, durations),
+            optax.stateless(scale),
             optax.scale_by_schedule(lambda step: -self.learning_rate * rate(step)),
         ]
         if self.clip_norm is not None:
@@ -116,3 +123,28 @@ class Optimizer:
             return trained
         labels = map_with_names(lambda name, _: "frozen" if factors[name][0] is None else "trained", params)
         return optax.multi_transform({"trained": trained, "frozen": optax.set_to_zero()}, labels)
+
+    def _decay(
+        self, factors: dict[str, tuple[float | None, float]], durations: Durations
+    ) -> optax.GradientTransformation:
+        """Adds weight decay to the direction; it counts steps only if it changes with them."""
+
+        def add(updates: Any, params: Any, amount: Any) -> Any:
+            return map_with_names(
+                lambda name, update, param: update + amount * factors[name][1] * param, updates, params
+            )
+
+        start, end, total = self.weight_decay, self.final_weight_decay, durations.total_steps
+        if end is None:
+            return optax.stateless(lambda updates, params: add(updates, params, start))
+        assert total is not None, "a schedule is made when the run's length is known"
+
+        def update(updates: Any, state: optax.ScaleByScheduleState, params: Any = None) -> tuple[Any, Any]:
+            done = jnp.minimum(state.count / total, 1.0)
+            amount = end + (start - end) * 0.5 * (1 + jnp.cos(math.pi * done))
+            counted = optax.ScaleByScheduleState(optax.safe_increment(state.count))
+            return add(updates, params, amount), counted
+
+        return optax.GradientTransformation(
+            lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update
+        )
