@@ -51,3 +51,9 @@ def test_units_that_cannot_be_resolved_are_told() -> None:
         Durations(32).steps("1 epoch")
     with pytest.raises(UserError, match="share of itself"):
         Durations(32, 1000).steps("10%", "config.duration")
+
+
+def test_what_is_no_point_in_time_is_not_rounded() -> None:
+    assert KNOWN.exact_steps("65 examples") == 65 / 32
+    assert KNOWN.exact_steps("1.5 steps") == 1.5
+    assert KNOWN.exact_steps("1.1%") == pytest.approx(2.75)

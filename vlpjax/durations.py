@@ -32,8 +32,19 @@ class Durations:
         Epochs and examples round up, so that no example is left out; percentages round to the nearest step.
 
         Raises:
-          UserError: not a number with one unit, or a unit that cannot be resolved here.
+          UserError: not a number with one unit, a unit that cannot be resolved here, or a part of a step.
         """
+        exact, unit = self._resolved(duration, what)
+        if unit == "steps" and exact != int(exact):
+            raise UserError(f"{what} is {duration!r}, but steps are whole numbers.")
+        return round(exact) if unit == "percent" else math.ceil(exact)
+
+    def exact_steps(self, duration: str, what: str = "duration") -> float:
+        """The same without rounding, for what is no point in time (a half-life)."""
+        return self._resolved(duration, what)[0]
+
+    def _resolved(self, duration: str, what: str) -> tuple[float, str]:
+        """Steps and parts of a step, and the unit that they were given in."""
         match = _PATTERN.fullmatch(str(duration))
         if match is None:
             raise UserError(
@@ -43,17 +54,15 @@ class Durations:
         amount = float(match[1].replace("_", ""))
         unit = _UNITS[match[2] if match[2] == "%" or match[2] == "percent" else match[2].rstrip("s")]
         if unit == "steps":
-            if amount != int(amount):
-                raise UserError(f"{what} is {duration!r}, but steps are whole numbers.")
-            return int(amount)
+            return amount, unit
         if unit == "examples":
-            return math.ceil(amount / self.batch_size)
+            return amount / self.batch_size, unit
         if unit == "epochs":
             if self.examples_per_epoch is None:
                 raise UserError(
                     f"{what} is {duration!r}, but the data does not know its length; give steps or examples."
                 )
-            return math.ceil(amount * self.examples_per_epoch / self.batch_size)
+            return amount * self.examples_per_epoch / self.batch_size, unit
         if self.total_steps is None:
             raise UserError(f"{what} is {duration!r}; the length of a run cannot be a share of itself.")
-        return round(amount / 100 * self.total_steps)
+        return amount / 100 * self.total_steps, unit

@@ -6,7 +6,7 @@ It holds no array.  The step, the planner, ``describe``, the evaluators and the 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,14 @@ class Experiment:
             head_name(name, head): interval
             for name, (_, objective) in self.objectives.items()
             for head, interval in objective.bounds().items()
+        }
+
+    def constraints(self) -> dict[str, Callable[[Any], Any]]:
+        """Per tower name, what its parameters pass through after every update."""
+        return {
+            head_name(name, head): constraint
+            for name, (_, objective) in self.objectives.items()
+            for head, constraint in objective.constraints().items()
         }
 
     def run_objectives(

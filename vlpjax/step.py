@@ -89,9 +89,11 @@ def train_step(
         grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, param_shardings)
     updates, optimizer = experiment.make_optimizer(state.params).update(grads, state.optimizer, state.params)
     params = _clip(optax.apply_updates(state.params, updates), experiment.bounds())
+    for name, constraint in experiment.constraints().items():
+        params = {**params, name: constraint(params[name])}
     progress = (state.step + 1) / (experiment.durations.total_steps or 1)
     teachers = {
-        name: teacher.update(state.teachers[name], params, progress)
+        name: teacher.update(state.teachers[name], params, progress, experiment.durations)
         for name, teacher in experiment.teachers.items()
     }
     schedule = experiment.optimizer.schedule.make(experiment.durations)

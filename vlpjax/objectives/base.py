@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -219,6 +219,10 @@ class Objective:
         """Per name of a head, the interval that its parameters are clipped to after every update."""
         return {}
 
+    def constraints(self) -> dict[str, Callable[[Any], Any]]:
+        """Per name of a head, what its parameters pass through after every update, such as rows to length one."""
+        return {}
+
     def initial_state(self) -> Any:
         """The state before the first step: a tree of arrays, empty by default."""
         return ()
@@ -238,6 +242,25 @@ class BatchCoupled(Objective):
 
     def __call__(self, context: Context) -> Loss:
         return self.compare(self.encode(context), context)
+
+
+def pick(outputs: Mapping[str, Any], output: str) -> jax.Array:
+    """An output of a tower by name; ``"prefix/1"`` is the second token of ``"prefix"``.
+
+    Raises:
+      UserError: an output that the tower does not have, with those that it has, or a token that there is not.
+    """
+    name, _, index = output.partition("/")
+    if name not in outputs:
+        raise UserError(f"The tower has no output {name!r}{suggest(name, outputs)}.")
+    value: jax.Array = outputs[name]
+    if not index:
+        return value
+    if not index.isdecimal() or int(index) >= value.shape[-2]:
+        raise UserError(
+            f"The output {output!r} is not there: {name!r} has the tokens 0 to {value.shape[-2] - 1}."
+        )
+    return value[..., int(index), :]
 
 
 def normalize(x: Float[Array, "... features"], epsilon: float = 1e-8) -> Float[Array, "... features"]:
