@@ -22,9 +22,7 @@ from vlpjax.objectives.masking import (
     members,
     multi_block,
     pixel_groups,
-    put_back,
     spans,
-    take_patches,
 )
 
 KEYS = jax.random.split(jax.random.key(0), 256)
@@ -62,13 +60,6 @@ def test_random_patches_keep_the_papers_counts(policy: RandomPatches, patches: i
 def test_every_patch_is_hidden_equally_often() -> None:
     shares = np.asarray(jax.jit(lambda keys: RandomPatches(0.75)(keys, (4, 4)))(KEYS)).mean(axis=0)
     np.testing.assert_allclose(shares, 0.75, atol=4 * (0.75 * 0.25 / len(KEYS)) ** 0.5)
-
-
-def test_what_was_taken_is_put_back_at_its_place() -> None:
-    tokens = jax.random.normal(jax.random.key(1), (256, 16, 3))
-    split = RandomPatches(0.75).split(KEYS, 16)
-    full = put_back(take_patches(tokens, split.keep), split.restore, jnp.full((1, 1, 3), 7.0))
-    np.testing.assert_array_equal(full, np.where(split.mask[..., None], 7.0, tokens))
 
 
 def test_cells_are_hidden_whole_and_their_number_is_rounded_up() -> None:

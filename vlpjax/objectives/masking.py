@@ -338,27 +338,6 @@ def corrupt(
     return Corrupted(jnp.where(mask[..., None], new, image), mask)
 
 
-# --- gathering and putting back -------------------------------------------------------------------------------
-
-
-def take_patches(
-    tokens: Float[Array, "batch patches width"], keep: Int[Array, "batch kept"]
-) -> Float[Array, "batch kept width"]:
-    """The tokens of these patches, in their order."""
-    return jnp.take_along_axis(tokens, keep[..., None], axis=1)
-
-
-def put_back(
-    tokens: Float[Array, "batch kept width"],
-    restore: Int[Array, "batch patches"],
-    filling: Float[Array, "#batch 1 width"],
-) -> Float[Array, "batch patches width"]:
-    """Every kept token at its own place, ``filling`` at all others: the inverse of :func:`take_patches`."""
-    batch, kept, width = tokens.shape
-    missing = jnp.broadcast_to(filling, (batch, restore.shape[1] - kept, width)).astype(tokens.dtype)
-    return take_patches(jnp.concatenate([tokens, missing], axis=1), restore)
-
-
 # --- for configs ----------------------------------------------------------------------------------------------
 
 
