@@ -17,7 +17,7 @@ from vlpjax.errors import UserError
 from vlpjax.models.mae import MAEDecoder, PatchPrediction
 from vlpjax.objectives.base import BatchCoupled, Context, Loss, Objective
 from vlpjax.objectives.masking import BlockWise, RandomCells, RandomPatches
-from vlpjax.objectives.targets import Target, masked_mean
+from vlpjax.objectives.targets import Target, loss_of_sums, masked_mean, sums_per_example
 
 
 def patch_grid(images: jax.Array, patch: int, who: str) -> tuple[int, int]:
@@ -147,15 +147,11 @@ class MaskedPrediction(BatchCoupled):
         outputs = context.encode(self.tower, self.image, variant=f"{context.objective}/masked", masked=mask)
         predicted = context.head("head", outputs["tokens"])  # [B, N, features]
         truth = self.target.truth(context, images, (self.patch, self.patch))
-        sums = {"error": self.target.error(predicted, truth), "masked": jnp.ones(mask.shape)}
+        sums = {"error": self.target.error(predicted, truth)}
         hits = self.target.hits(predicted, truth)
         if hits is not None:
             sums["accuracy"] = hits.astype(jnp.float32)
-        return {name: jnp.sum(jnp.where(mask, value, 0.0), axis=1) for name, value in sums.items()}  # [B]
+        return sums_per_example(mask, **sums)
 
     def compare(self, features: dict[str, jax.Array], context: Context) -> Loss:
-        count = jnp.maximum(jnp.sum(features["masked"]), 1.0)
-        metrics = {"masked": jnp.mean(features["masked"])}
-        if "accuracy" in features:
-            metrics["accuracy"] = jnp.sum(features["accuracy"]) / count
-        return Loss(jnp.sum(features["error"]) / count, metrics)
+        return loss_of_sums(features)

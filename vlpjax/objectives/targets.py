@@ -7,17 +7,18 @@ patch.  Truths carry no gradient.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vlpjax.errors import UserError
 from vlpjax.models.patches import cut
-from vlpjax.objectives.base import Context, normalize
+from vlpjax.objectives.base import Context, Loss, normalize
 
 DISTANCES = ("l1", "l2", "smooth_l1", "cosine")
 
@@ -228,6 +229,24 @@ class OrientedGradients(Target):
 
     def error(self, predicted: jax.Array, truth: jax.Array) -> jax.Array:
         return distance(predicted, truth, self.distance)
+
+
+def sums_per_example(
+    mask: Bool[Array, "batch places"], **values: Float[Array, "batch places"]
+) -> dict[str, Float[Array, " batch"]]:
+    """Sums over the masked places of each example, and their number as ``"masked"``: for :func:`loss_of_sums`."""
+    sums = {name: jnp.sum(jnp.where(mask, value, 0.0), axis=1) for name, value in values.items()}
+    return {**sums, "masked": jnp.sum(mask, axis=1, dtype=jnp.float32)}
+
+
+def loss_of_sums(sums: Mapping[str, Float[Array, " batch"]]) -> Loss:
+    """``"error"`` over all masked places of the batch as the loss, the others likewise as metrics.
+
+    Examples may have unequally many masked places: numerator and denominator are of the whole batch.
+    """
+    count = jnp.maximum(jnp.sum(sums["masked"]), 1.0)
+    means = {name: jnp.sum(value) / count for name, value in sums.items() if name != "masked"}
+    return Loss(means.pop("error"), {**means, "masked": jnp.mean(sums["masked"])})
 
 
 def masked_mean(values: Float[Array, "*shape"], mask: Array | None) -> Float[Array, ""]:
