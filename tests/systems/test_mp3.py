@@ -1,0 +1,88 @@
+"""MP3: no position leaks in, only context patches are looked at, and places are learned from content."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.masked_tiny import GRID, PATCH, TOWER, Bound, N, textures
+from vlpjax.models.patches import cut, join
+from vlpjax.models.vit import ViT
+from vlpjax.objectives.masking import random_subset
+from vlpjax.objectives.predictive import PositionPrediction
+
+IMAGES = textures(jax.random.key(0), 4)
+FIELDS = dict(positions="none", class_tokens=0)
+
+
+def objective(ratio: float) -> PositionPrediction:
+    return PositionPrediction(GRID, patch=PATCH, ratio=ratio)
+
+
+@pytest.fixture(scope="module")
+def mp3() -> Bound:
+    return Bound(objective(0.75), {"image": IMAGES}, **FIELDS)
+
+
+def tokens_of(bound: Bound, images: jax.Array, seen: jax.Array) -> jax.Array:
+    tower = ViT(**{**TOWER, **FIELDS})
+    tokens: jax.Array = tower.apply({"params": bound.params["image"]}, images, keys=seen)["tokens"]
+    return tokens
+
+
+def contexts(count: int = 4, size: int = 4) -> jax.Array:
+    return jax.vmap(lambda key: random_subset(key, N, size))(jax.random.split(jax.random.key(1), count))
+
+
+def test_shuffled_patches_have_shuffled_outputs(mp3: Bound) -> None:
+    order, seen = jax.random.permutation(jax.random.key(2), N), contexts()
+    shuffled = join(cut(IMAGES, (PATCH, PATCH))[:, order], GRID, (PATCH, PATCH))
+    expected = tokens_of(mp3, IMAGES, seen)[:, order]
+    np.testing.assert_allclose(tokens_of(mp3, shuffled, seen[:, order]), expected, atol=1e-5)
+
+
+def test_a_patch_outside_the_context_moves_its_own_output_only(mp3: Bound) -> None:
+    seen = contexts()
+    moved = jnp.argmin(seen, axis=1)  # the first patch that is not in the context
+    patches = cut(IMAGES, (PATCH, PATCH))
+    changed = patches.at[jnp.arange(4), moved].add(1.0)
+    before = tokens_of(mp3, IMAGES, seen)
+    after = tokens_of(mp3, join(changed, GRID, (PATCH, PATCH)), seen)
+    differs = np.any(np.asarray(before != after), axis=-1)
+    np.testing.assert_array_equal(differs, np.arange(N) == np.asarray(moved)[:, None])
+    context = patches.at[jnp.arange(4), jnp.argmax(seen, axis=1)].add(1.0)
+    assert np.all(np.any(tokens_of(mp3, join(context, GRID, (PATCH, PATCH)), seen) != before, axis=-1))
+
+
+def test_at_the_start_every_place_is_equally_likely(mp3: Bound) -> None:
+    head = objective(0.75).heads()["head"]
+    made = head.init(jax.random.key(0), jnp.zeros((1, N, 32)))["params"]["prediction"]["kernel"].unbox()
+    assert not np.any(made)
+    params = {**mp3.params, "masked_head": jax.tree.map(jnp.zeros_like, mp3.params["masked_head"])}
+    np.testing.assert_allclose(mp3.loss(params, {"image": IMAGES}).value, np.log(N), rtol=1e-6)
+
+
+def placed(key: jax.Array) -> dict[str, jax.Array]:
+    """Textures that are brighter at the top and redder on the right: a patch shows where it is, less its ground."""
+    row, column = jnp.meshgrid(jnp.arange(16) / 8 - 1, jnp.arange(16) / 8 - 1, indexing="ij")
+    ramp = jnp.stack([row + column, row, row - column], axis=-1)
+    return {"image": 0.5 * textures(key, 32) + 2 * ramp}
+
+
+@pytest.mark.parametrize(("ratio", "least"), [(0.0, 0.3), (0.75, 0.15)])
+def test_places_are_learned_and_more_context_helps(ratio: float, least: float) -> None:
+    bound = Bound(objective(ratio), {"image": IMAGES}, **FIELDS)
+    bound.train(placed, steps=200, rate=3e-3)
+    accuracy = float(bound.loss(bound.params, placed(jax.random.key(9))).metrics["accuracy"])
+    assert accuracy > least > 2 / N, accuracy
+
+
+def test_towers_that_know_positions_are_refused() -> None:
+    with pytest.raises(Exception, match="knows no positions"):
+        Bound(objective(0.5), {"image": IMAGES}, class_tokens=0)
+    with pytest.raises(Exception, match=r"grid is \(2, 8\), but the images have \(4, 4\)"):
+        Bound(PositionPrediction((2, 8), patch=PATCH), {"image": IMAGES}, **FIELDS)
+    with pytest.raises(Exception, match="at least|one must be seen"):
+        PositionPrediction(GRID, ratio=0.99)
