@@ -143,6 +143,40 @@ def constrain(array: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, layout.sharding(*names))
 
 
+def active_layout() -> Layout | None:
+    """The layout whose ``activate`` surrounds what is traced now; None outside, and on a single device."""
+    layout = _ACTIVE.get()
+    return None if layout is None or layout.mesh.size == 1 else layout
+
+
+def constrain_blocks(array: jax.Array, *, gathered: bool = False) -> jax.Array:
+    """Pins blocks of examples, [blocks, rows, ...], to the devices that hold their examples.
+
+    The devices of ``"frames"`` are split into as many groups of neighbours as there are blocks; within a group each
+    device has its own rows, or all rows of the block if ``gathered``: what is gathered never leaves a group.  With more
+    blocks than devices, each device has whole blocks.
+
+    Raises:
+      UserError: a number of blocks that neither divides the number of devices nor is a multiple of it.
+    """
+    layout = active_layout()
+    if layout is None:
+        return array
+    sizes = [layout.mesh.shape[axis] for axis in layout.rules["frames"]]
+    devices, blocks = math.prod(sizes), array.shape[0]
+    if devices % blocks and blocks % devices:
+        raise UserError(
+            f"{blocks} blocks of examples do not lie evenly on {devices} devices; one number must divide the other."
+        )
+    groups = min(blocks, devices)
+    order = [AXES.index(axis) for axis in layout.rules["frames"]]
+    order += [index for index in range(len(AXES)) if index not in order]
+    grid = np.transpose(layout.mesh.devices, order).reshape(groups, devices // groups, -1)
+    mesh = Mesh(grid, ("block", "row", "copy"), axis_types=(AxisType.Auto,) * 3)
+    spec = PartitionSpec("block", None if gathered else "row")
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
+
+
 def make_layout(
     sizes: Mapping[str, int],
     rules: Mapping[str, Sequence[str]] | None = None,

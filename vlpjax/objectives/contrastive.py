@@ -3,60 +3,110 @@
 Both compare every image of the global batch with every text.  Each device holds the rows of its own
 examples against the gathered features of all: logits of [B / devices, B], never [B, B].  The gather carries
 gradient, so that value and gradient are those of one device.
+
+Cross-entropy is linear in its target: soft targets that a teacher gives are a second objective beside this one
+(:mod:`vlpjax.objectives.distillation`), and the two weights say how they are mixed.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from vlpjax.mesh import constrain
+from vlpjax.errors import UserError
+from vlpjax.mesh import constrain, constrain_blocks
 from vlpjax.models.heads import Scalar
 from vlpjax.objectives.base import BatchCoupled, Context, Loss, normalize
+from vlpjax.parallel.ring import against_all
+
+SIDES = ("image", "text")
+NEVER = -1e9  # a logit whose probability is zero and whose gradient is no NaN
 
 
 @dataclass(frozen=True)
 class Contrastive(BatchCoupled):
-    """What both losses share: two towers, a learned scale, and who counts as a positive.
+    """What both losses share: two towers, a scale, and who counts as a positive.
 
     Attributes:
       image, text: names of the towers.
       image_field, text_field: the fields of the batch that they read.
+      image_output, text_output: which of a tower's outputs is compared; ``"prefix/1"`` is the second token of the
+        prefix (a second class token).
       same: a field of integers; examples with equal values are positives of one another (two drawings of
         one concept in a batch are no negatives).  None makes the pairs of the batch the only positives.
       temperature: initial value; the learned parameter is the logarithm of its inverse.
       max_scale: the scale is clipped to [1, max_scale] after every update (CLIP clips to 100).
+      learned: whether the scale is learned; otherwise it stays ``1 / temperature``.
+      scale_of: name of another objective whose scale is used instead of one of its own.
     """
 
     image: str = "image"
     text: str = "text"
     image_field: str = "image"
     text_field: str = "text"
+    image_output: str = "embedding"
+    text_output: str = "embedding"
     same: str | None = None
     temperature: float = 0.07
     max_scale: float = 100.0
+    learned: bool = True
+    scale_of: str = ""
 
     def heads(self) -> dict[str, nn.Module]:
-        return {"logit_scale": Scalar(-math.log(self.temperature))}
+        return {"logit_scale": Scalar(-math.log(self.temperature))} if self._own_scale else {}
 
     def bounds(self) -> dict[str, tuple[float, float]]:
-        return {"logit_scale": (0.0, math.log(self.max_scale))}
+        return {"logit_scale": (0.0, math.log(self.max_scale))} if self._own_scale else {}
 
     def encode(self, context: Context) -> dict[str, jax.Array]:
+        image = context.encode(self.image, self.image_field)
+        text = context.encode(self.text, self.text_field)
         return {
-            "image": normalize(context.encode(self.image, self.image_field)["embedding"]),  # [B, E]
-            "text": normalize(context.encode(self.text, self.text_field)["embedding"]),  # [B, E]
+            "image": normalize(picked(image, self.image_output, self.image)),  # [B, E]
+            "text": normalize(picked(text, self.text_output, self.text)),  # [B, E]
         }
 
-    def positives(self, context: Context, batch: int) -> Bool[Array, "batch batch"]:
-        """Which text (column) is right for which image (row); symmetric, with a true diagonal."""
-        labels = jnp.arange(batch) if self.same is None else context.read(self.same)
-        return constrain(labels, "frames")[:, None] == constrain(labels, None)[None, :]
+    def scale(self, context: Context) -> Float[Array, ""]:
+        """The inverse temperature."""
+        if not (self.learned or self.scale_of):
+            return jnp.float32(1 / self.temperature)
+        return jnp.exp((context.of(self.scale_of) if self.scale_of else context).head("logit_scale"))
+
+    def labels(self, context: Context, batch: int) -> jax.Array:
+        """Integers [B] of which equal ones mark positives."""
+        return jnp.arange(batch) if self.same is None else context.read(self.same)
+
+    @property
+    def _own_scale(self) -> bool:
+        return self.learned and not self.scale_of
+
+
+def picked(outputs: dict[str, Any], output: str, tower: str) -> Float[Array, "batch *views features"]:
+    """The output of a tower that ``output`` names: ``"pooled"``, or ``"prefix/1"`` for one token of several.
+
+    Raises:
+      UserError: an output that the tower does not have, or a token beyond the last.
+    """
+    name, _, index = output.partition("/")
+    if name not in outputs or (index and not index.isdigit()):
+        raise UserError(
+            f"The tower {tower!r} has no output {output!r}; it has {', '.join(outputs)}, and 'prefix/1' is a token of one."
+        )
+    features: jax.Array = outputs[name]
+    if not index:
+        return features
+    if int(index) >= features.shape[-2]:
+        raise UserError(
+            f"The tower {tower!r} has {features.shape[-2]} tokens in {name!r}, and no number {index}."
+        )
+    return features[..., int(index), :]
 
 
 def local_rows(
@@ -67,6 +117,36 @@ def local_rows(
     return constrain(queries @ constrain(keys, None, None).T, "frames", None)  # [B / devices, B]
 
 
+def cross_entropy(
+    logits: Float[Array, "*rows columns"],
+    target: Float[Array, "*rows columns"],
+    columns: Bool[Array, "*#rows columns"] | None = None,
+    smoothing: float = 0.0,
+) -> Float[Array, "*rows"]:
+    """Cross-entropy of each row.
+
+    Args:
+      target: sums to one along each row.
+      columns: which columns take part; the others have probability zero.
+      smoothing: share of the target that is spread evenly over the columns that take part.
+    """
+    count: Any = logits.shape[-1]
+    if columns is not None:
+        logits = jnp.where(columns, logits, NEVER)
+        count = jnp.maximum(jnp.sum(columns, axis=-1, keepdims=True), 1)
+    spread = smoothing / count if columns is None else jnp.where(columns, smoothing / count, 0.0)
+    target = (1 - smoothing) * target + spread
+    return -jnp.sum(target * jax.nn.log_softmax(logits, axis=-1), axis=-1)
+
+
+def best_is(
+    positive: Bool[Array, "*rows columns"], logits: Float[Array, "*rows columns"]
+) -> Bool[Array, "*rows"]:
+    """Whether the largest logit of each row is a positive's."""
+    best = jnp.argmax(logits, axis=-1)[..., None]
+    return jnp.take_along_axis(positive, best, axis=-1)[..., 0]
+
+
 @dataclass(frozen=True)
 class InfoNCE(Contrastive):
     """Softmax contrastive loss: each image picks its text among the batch's, each text its image.
@@ -75,25 +155,177 @@ class InfoNCE(Contrastive):
 
     Attributes:
       label_smoothing: share of the target that is spread evenly over all columns.
+      rows: whose rows are taken: ``"image"`` (each image picks a text), ``"text"``, or both.
+      captions: fields with further texts of each image.  An image's row has all of them among its columns, and its
+        target is spread over its own; each of them has a row of its own against the images ("CoCu", arXiv 2309.13505).
+      negatives: fields with texts that are wrong for every image, [B, L] or several per example [B, K, L].  They are
+        columns of the images' rows and never rows ("NegCLIP", arXiv 2210.01936).
+      own_negatives: whether an image sees the negatives of its own example only (arXiv 2305.01118, location loss).
+      valid: a field of booleans; a pair that is False is neither row nor column.
+      mixed: a field with the share of each image that is its own; the rest of it was taken from the image of the row
+        at the same distance from the batch's other end, and of the target likewise ("TiMix", arXiv 2312.08846).
+      groups: the batch is split into this many blocks of neighbouring rows, and each is compared with itself only; on a
+        mesh features are gathered among the devices of a block only ("M2-Encoder", arXiv 2401.15896).
 
     Source: "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020,
     figure 3; several positives as in "Unified Contrastive Learning", arXiv 2204.03610.
     """
 
     label_smoothing: float = 0.0
+    rows: tuple[str, ...] = SIDES
+    captions: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
+    own_negatives: bool = False
+    valid: str | None = None
+    mixed: str | None = None
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.rows or not set(self.rows) <= set(SIDES):
+            raise UserError(f"InfoNCE.rows is {self.rows!r}; it takes 'image', 'text' or both.")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"InfoNCE.label_smoothing is {self.label_smoothing}; it is in [0, 1).")
+        if self.groups < 1:
+            raise UserError(f"InfoNCE.groups is {self.groups}; it is 1 or more.")
+        if self.mixed and (self.groups > 1 or self.captions or self.valid):
+            raise UserError("InfoNCE.mixed goes with one group, one caption and no 'valid'.")
+        if self.negatives and "image" not in self.rows:
+            raise UserError("InfoNCE.negatives are columns of the images' rows, but rows has no 'image'.")
+
+    def encode(self, context: Context) -> dict[str, jax.Array]:
+        features = super().encode(context)
+
+        def texts(name: str) -> jax.Array:
+            """Features [B, K, E] of a field [B, L] or [B, K, L]."""
+            ids = context.read(name)
+            if ids.ndim == 2:
+                outputs = context.encode(self.text, name)
+                return normalize(picked(outputs, self.text_output, self.text))[:, None]
+            batch, count = ids.shape[:2]
+            flat = context.student.call(self.text, ids.reshape(batch * count, -1), train=context.train)
+            found = normalize(picked(flat, self.text_output, self.text))
+            return found.reshape(batch, count, -1)
+
+        for kind, names in (("captions", self.captions), ("negatives", self.negatives)):
+            if names:
+                features[kind] = jnp.concatenate([texts(name) for name in names], axis=1)  # [B, K, E]
+        return features
 
     def compare(self, features: dict[str, jax.Array], context: Context) -> Loss:
-        image, text = features["image"], features["text"]
-        scale = jnp.exp(context.head("logit_scale"))
-        positive = self.positives(context, image.shape[0])
-        target = positive / jnp.sum(positive, axis=1, keepdims=True)
-        target = (1 - self.label_smoothing) * target + self.label_smoothing / image.shape[0]
-        logits = local_rows(image, text, scale)
-        image_to_text = -jnp.sum(target * jax.nn.log_softmax(logits, axis=1), axis=1)  # [B]
-        text_to_image = -jnp.sum(target * jax.nn.log_softmax(local_rows(text, image, scale), axis=1), axis=1)
-        best = jnp.take_along_axis(positive, jnp.argmax(logits, axis=1)[:, None], axis=1)
-        metrics = {"accuracy": jnp.mean(best), "scale": scale}
-        return Loss(jnp.mean(image_to_text + text_to_image) / 2, metrics)
+        batch = features["image"].shape[0]
+        if batch % self.groups:
+            raise UserError(f"InfoNCE.groups={self.groups} does not divide the batch of {batch}.")
+        scale = self.scale(context)
+        blocks = {name: self._blocks(x) for name, x in features.items()}
+        images, captions = blocks["image"], [blocks["text"]]
+        if "captions" in blocks:
+            more = blocks["captions"]
+            captions += [more[..., index, :] for index in range(more.shape[-2])]
+        labels = self._blocks(self.labels(context, batch))
+        positive = self._on_rows(labels)[..., :, None] == self._gathered(labels)[..., None, :]
+        valid = None if self.valid is None else self._blocks(context.read(self.valid).astype(bool))
+
+        target = positive / jnp.sum(
+            positive, axis=-1, keepdims=True
+        )  # symmetric only if classes are equally large
+        image_target, text_target = target, target
+        if self.mixed is not None:
+            image_target, text_target = mixed_targets(positive, context.read(self.mixed))
+        losses, hits = [], []
+        if "image" in self.rows:
+            logits = self._image_logits(images, captions, blocks.get("negatives"), scale)
+            share = self._columns([image_target / len(captions)] * len(captions), logits)
+            right = self._columns([positive] * len(captions), logits)
+            columns = None if valid is None else self._valid_columns(valid, len(captions), logits)
+            losses.append(cross_entropy(logits, share, columns, self.label_smoothing))
+            hits.append(best_is(right, logits))
+        if "text" in self.rows:
+            columns = None if valid is None else self._gathered(valid)[..., None, :]
+            all_logits = [self._logits(caption, images, scale) for caption in captions]
+            rows = [cross_entropy(x, text_target, columns, self.label_smoothing) for x in all_logits]
+            losses.append(sum(rows[1:], rows[0]) / len(rows))
+            hits.append(best_is(positive, all_logits[0]))
+        each = sum(losses[1:], losses[0]) / len(losses)  # [B], or [groups, B / groups]
+        metrics = {"accuracy": _mean(hits[0], valid), "scale": scale}
+        return Loss(_mean(each, valid), metrics)
+
+    # --- blocks of the batch ----------------------------------------------------------------------------------
+
+    def _blocks(self, x: jax.Array) -> jax.Array:
+        """[B, ...] as [groups, B / groups, ...]; unchanged if there is one group."""
+        return x if self.groups == 1 else x.reshape(self.groups, -1, *x.shape[1:])
+
+    def _on_rows(self, x: jax.Array) -> jax.Array:
+        """Examples on the devices that hold them."""
+        if self.groups > 1:
+            return constrain_blocks(x)
+        return constrain(x, "frames", *[None] * (x.ndim - 1))
+
+    def _gathered(self, x: jax.Array) -> jax.Array:
+        """Examples on all devices that compare with them."""
+        return constrain_blocks(x, gathered=True) if self.groups > 1 else constrain(x, *[None] * x.ndim)
+
+    def _logits(self, queries: jax.Array, keys: jax.Array, scale: jax.Array) -> jax.Array:
+        """Rows of ``queries`` against all of ``keys``: [..., B / devices, B]."""
+        keys = jnp.swapaxes(self._gathered(keys), -1, -2)
+        return self._on_rows((self._on_rows(queries) * scale) @ keys)
+
+    def _image_logits(
+        self, images: jax.Array, captions: Sequence[jax.Array], negatives: jax.Array | None, scale: jax.Array
+    ) -> jax.Array:
+        """The images' rows: columns of all captions, first those of the batch's first, then all negatives."""
+        logits = [self._logits(images, caption, scale) for caption in captions]
+        if negatives is not None and self.own_negatives:
+            own = jnp.einsum("...e,...ke->...k", self._on_rows(images) * scale, self._on_rows(negatives))
+            logits.append(self._on_rows(own))
+        elif negatives is not None:
+            logits += [
+                self._logits(images, negatives[..., index, :], scale) for index in range(negatives.shape[-2])
+            ]
+        return jnp.concatenate(logits, axis=-1) if len(logits) > 1 else logits[0]
+
+    def _columns(self, parts: Sequence[jax.Array], logits: jax.Array) -> jax.Array:
+        """Entries for the captions' columns, and zeros for the negatives'."""
+        known = jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+        missing = logits.shape[-1] - known.shape[-1]
+        return jnp.pad(known, [(0, 0)] * (known.ndim - 1) + [(0, missing)]) if missing else known
+
+    def _valid_columns(self, valid: jax.Array, captions: int, logits: jax.Array) -> jax.Array:
+        """Which columns of the images' rows are texts of valid pairs."""
+        everyone = self._gathered(valid)[..., None, :]
+        size = everyone.shape[-1]
+        if not self.own_negatives:
+            return jnp.tile(everyone, (*[1] * (everyone.ndim - 1), logits.shape[-1] // size))
+        shown = jnp.tile(everyone, (*[1] * (everyone.ndim - 1), captions))
+        more = [(0, 0)] * (shown.ndim - 1) + [(0, logits.shape[-1] - captions * size)]
+        return jnp.pad(shown, more, constant_values=True)
+
+
+def mixed_targets(
+    positive: Bool[Array, "batch batch"], share: Float[Array, " batch"]
+) -> tuple[Float[Array, "batch batch"], Float[Array, "batch batch"]]:
+    """Targets of images that were mixed with those of the batch in reverse order.
+
+    Returns:
+      the rows of the images, ``share P + (1 - share) P reversed``; and those of the texts, which are its columns,
+      scaled to sum to one.
+    """
+    share = share.astype(jnp.float32)
+    host, donor = constrain(share, "frames")[:, None], constrain(1 - share, "frames")[:, None]
+    target = positive / jnp.sum(positive, axis=1, keepdims=True)
+    images = host * target + donor * target[::-1]
+    counts = constrain(jnp.sum(positive, axis=1), None)
+    by_column = positive * (constrain(share, None) / counts)[None]
+    by_column += positive[:, ::-1] * (constrain(1 - share, None) / counts[::-1])[None]
+    total = jnp.sum(by_column, axis=1, keepdims=True)
+    return images, by_column / jnp.where(total == 0, 1.0, total)
+
+
+def _mean(each: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """The mean over examples, of the valid ones if not all are."""
+    if valid is None:
+        return jnp.mean(each)
+    return jnp.sum(jnp.where(valid, each, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
 
 
 @dataclass(frozen=True)
@@ -105,23 +337,46 @@ class Sigmoid(Contrastive):
 
     Attributes:
       bias: initial value of the learned bias.
+      chunks: the texts are compared in pieces of at most ``1 / chunks`` of the batch, one at a time, and their logits
+        are made again in the backward pass.  On a mesh each device's texts travel around the ring of devices, so that
+        texts are never gathered: logits of [B / devices, B / max(chunks, devices)].  1 gathers them.
 
-    Source: "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, equation 1; initial
+    Source: "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, equation 1 and section 3.3; initial
     temperature 0.1 and bias -10.
     """
 
     temperature: float = 0.1
     bias: float = -10.0
+    chunks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.chunks < 1:
+            raise UserError(f"Sigmoid.chunks is {self.chunks}; it is 1 or more.")
 
     def heads(self) -> dict[str, nn.Module]:
         return {**super().heads(), "logit_bias": Scalar(self.bias)}
 
     def compare(self, features: dict[str, jax.Array], context: Context) -> Loss:
         image, text = features["image"], features["text"]
-        scale, bias = jnp.exp(context.head("logit_scale")), context.head("logit_bias")
-        positive = self.positives(context, image.shape[0])
-        logits = local_rows(image, text, scale) + bias
-        losses = -jax.nn.log_sigmoid(jnp.where(positive, logits, -logits))
-        best = jnp.take_along_axis(positive, jnp.argmax(logits, axis=1)[:, None], axis=1)
-        metrics = {"accuracy": jnp.mean(best), "scale": scale, "bias": bias}
-        return Loss(jnp.sum(losses) / image.shape[0], metrics)
+        batch = image.shape[0]
+        scale, bias = self.scale(context), context.head("logit_bias")
+        labels = self.labels(context, batch)
+
+        def some(queries: Any, keys: Any, scale: jax.Array, bias: jax.Array) -> jax.Array:
+            """Per image: its losses against some texts, its largest logit, and whether that one is right."""
+            logits = (queries[0] * scale) @ keys[0].T + bias
+            positive = queries[1][:, None] == keys[1][None, :]
+            losses = -jax.nn.log_sigmoid(jnp.where(positive, logits, -logits))
+            best = jnp.argmax(logits, axis=1)[:, None]
+            top, right = (jnp.take_along_axis(x, best, axis=1)[:, 0] for x in (logits, positive))
+            return jnp.stack([jnp.sum(losses, axis=1), top, right.astype(logits.dtype)])  # [3, rows]
+
+        def join(first: jax.Array, second: jax.Array) -> jax.Array:
+            better = jnp.where(second[1] > first[1], second, first)
+            return jnp.stack([first[0] + second[0], better[1], better[2]])
+
+        each = against_all(
+            some, join, (image, labels), (text, labels), (scale, bias), pieces=self.chunks
+        )  # [3, B]
+        metrics = {"accuracy": jnp.mean(each[2]), "scale": scale, "bias": bias}
+        return Loss(jnp.sum(each[0]) / batch, metrics)
