@@ -240,6 +240,25 @@ class BatchCoupled(Objective):
         return self.compare(self.encode(context), context)
 
 
+def pick(outputs: Mapping[str, Any], output: str) -> jax.Array:
+    """An output of a tower by name; ``"prefix/1"`` is the second token of ``"prefix"``.
+
+    Raises:
+      UserError: an output that the tower does not have, with those that it has, or a token that there is not.
+    """
+    name, _, index = output.partition("/")
+    if name not in outputs:
+        raise UserError(f"The tower has no output {name!r}{suggest(name, outputs)}.")
+    value: jax.Array = outputs[name]
+    if not index:
+        return value
+    if not index.isdecimal() or int(index) >= value.shape[-2]:
+        raise UserError(
+            f"The output {output!r} is not there: {name!r} has the tokens 0 to {value.shape[-2] - 1}."
+        )
+    return value[..., int(index), :]
+
+
 def normalize(x: Float[Array, "... features"], epsilon: float = 1e-8) -> Float[Array, "... features"]:
     """Rows of length one, in float32.  A row of zeros stays zero, with a finite gradient."""
     x = x.astype(jnp.float32)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 from vlpjax.errors import UserError
 from vlpjax.mesh import constrain, constrain_blocks
 from vlpjax.models.heads import Scalar
-from vlpjax.objectives.base import BatchCoupled, Context, Loss, normalize
+from vlpjax.objectives.base import BatchCoupled, Context, Loss, normalize, pick
 from vlpjax.parallel.ring import against_all
 
 SIDES = ("image", "text")
@@ -37,8 +37,7 @@ class Contrastive(BatchCoupled):
     Attributes:
       image, text: names of the towers.
       image_field, text_field: the fields of the batch that they read.
-      image_output, text_output: which of a tower's outputs is compared; ``"prefix/1"`` is the second token of the
-        prefix (a second class token).
+      image_output, text_output: which of a tower's outputs is compared; see :func:`vlpjax.objectives.base.pick`.
       same: a field of integers; examples with equal values are positives of one another (two drawings of
         one concept in a batch are no negatives).  None makes the pairs of the batch the only positives.
       temperature: initial value; the learned parameter is the logarithm of its inverse.
@@ -69,8 +68,8 @@ class Contrastive(BatchCoupled):
         image = context.encode(self.image, self.image_field)
         text = context.encode(self.text, self.text_field)
         return {
-            "image": normalize(picked(image, self.image_output, self.image)),  # [B, E]
-            "text": normalize(picked(text, self.text_output, self.text)),  # [B, E]
+            "image": normalize(pick(image, self.image_output)),  # [B, E]
+            "text": normalize(pick(text, self.text_output)),  # [B, E]
         }
 
     def scale(self, context: Context) -> Float[Array, ""]:
@@ -88,29 +87,10 @@ class Contrastive(BatchCoupled):
         return self.learned and not self.scale_of
 
 
-def picked(outputs: dict[str, Any], output: str, tower: str) -> Float[Array, "batch *views features"]:
-    """The output of a tower that ``output`` names: ``"pooled"``, or ``"prefix/1"`` for one token of several.
-
-    Raises:
-      UserError: an output that the tower does not have, or a token beyond the last.
-    """
-    name, _, index = output.partition("/")
-    if name not in outputs or (index and not index.isdigit()):
-        raise UserError(
-            f"The tower {tower!r} has no output {output!r}; it has {', '.join(outputs)}, and 'prefix/1' is a token of one."
-        )
-    features: jax.Array = outputs[name]
-    if not index:
-        return features
-    if int(index) >= features.shape[-2]:
-        raise UserError(
-            f"The tower {tower!r} has {features.shape[-2]} tokens in {name!r}, and no number {index}."
-        )
-    return features[..., int(index), :]
-
-
 def local_rows(
-    queries: Float[Array, "batch features"], keys: Float[Array, "batch features"], scale: Float[Array, ""]
+    queries: Float[Array, "batch features"],
+    keys: Float[Array, "batch features"],
+    scale: Float[Array, ""] | float,
 ) -> Float[Array, "batch batch"]:
     """scale * queries @ keys^T, rows on the devices of their queries, keys gathered."""
     queries = constrain(queries, "frames", None) * scale
@@ -200,10 +180,10 @@ class InfoNCE(Contrastive):
             ids = context.read(name)
             if ids.ndim == 2:
                 outputs = context.encode(self.text, name)
-                return normalize(picked(outputs, self.text_output, self.text))[:, None]
+                return normalize(pick(outputs, self.text_output))[:, None]
             batch, count = ids.shape[:2]
             flat = context.student.call(self.text, ids.reshape(batch * count, -1), train=context.train)
-            found = normalize(picked(flat, self.text_output, self.text))
+            found = normalize(pick(flat, self.text_output))
             return found.reshape(batch, count, -1)
 
         for kind, names in (("captions", self.captions), ("negatives", self.negatives)):

@@ -52,7 +52,7 @@ def against_all(
     cuts = max(1, pieces // devices)
     if held % cuts:
         raise UserError(
-            f"{held} examples per device cannot be compared in {cuts} equal pieces; choose chunks that divide the batch."
+            f"{held} examples per device cannot be compared in {cuts} equal pieces; choose chunks that divide them."
         )
 
     def with_held(rows: Any, columns: Any, shared: tuple[jax.Array, ...]) -> jax.Array:
