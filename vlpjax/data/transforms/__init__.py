@@ -1,4 +1,4 @@
-"""Transforms of single examples: flat dicts in, flat dicts out.  See `images`, `appearance`, `texts` and `fields`."""
+"""Transforms of single examples: flat dicts in, flat dicts out."""
 
 from vlpjax.data.transforms.appearance import (
     ColorJitter,
@@ -22,12 +22,13 @@ from vlpjax.data.transforms.images import (
     Resize,
     Trim,
 )
+from vlpjax.data.transforms.order import Perturb, SwappedCaption
 from vlpjax.data.transforms.texts import DrawCaption, FixedCaption, Tokenize, TranslatedName
 from vlpjax.data.transforms.views import Views
 
 __all__ = [
     "CenterCrop", "ColorJitter", "Decode", "DrawCaption", "Drop", "FixedCaption", "GaussianBlur", "Grayscale",
-    "Invert", "Keep", "Normalize", "Outline", "Pad", "RandAugment", "RandomAffine", "RandomErasing", "RandomFlip",
-    "RandomResizedCrop", "Rename", "Resize", "Solarize", "Tokenize", "TranslatedName", "Trim",
-    "Views",
+    "Invert", "Keep", "Normalize", "Outline", "Pad", "Perturb", "RandAugment", "RandomAffine", "RandomErasing",
+    "RandomFlip", "RandomResizedCrop", "Rename", "Resize", "Solarize", "SwappedCaption", "Tokenize", "TranslatedName",
+    "Trim", "Views",
 ]  # fmt: skip
