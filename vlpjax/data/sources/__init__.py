@@ -7,6 +7,7 @@ from vlpjax.data.sources.declared import Declared
 from vlpjax.data.sources.image_folder import ImageFolder
 from vlpjax.data.sources.order import cursors, draw, locate, permute
 from vlpjax.data.sources.parquet import Parquet
+from vlpjax.data.sources.scenes import Scenes
 from vlpjax.data.sources.tfds import TFDS
 from vlpjax.data.sources.webdataset import WebDataset
 
@@ -21,6 +22,7 @@ __all__ = [
     "LazySource",
     "Mixture",
     "Parquet",
+    "Scenes",
     "Source",
     "WebDataset",
     "cursors",

@@ -1,6 +1,6 @@
 """Transforms of single examples: flat dicts in, flat dicts out.
 
-See `images`, `appearance`, `views`, `pairs`, `texts` and `fields`.
+See `images`, `appearance`, `views`, `pairs`, `texts`, `order` and `fields`.
 """
 
 from vlpjax.data.transforms.appearance import (
@@ -25,13 +25,14 @@ from vlpjax.data.transforms.images import (
     Resize,
     Trim,
 )
+from vlpjax.data.transforms.order import Perturb, SwappedCaption
 from vlpjax.data.transforms.pairs import OverlappingCrops
 from vlpjax.data.transforms.texts import DrawCaption, FixedCaption, Tokenize, TranslatedName
 from vlpjax.data.transforms.views import Views
 
 __all__ = [
     "CenterCrop", "ColorJitter", "Decode", "DrawCaption", "Drop", "FixedCaption", "GaussianBlur", "Grayscale",
-    "Invert", "Keep", "Normalize", "Outline", "OverlappingCrops", "Pad", "RandAugment", "RandomAffine",
-    "RandomErasing", "RandomFlip", "RandomResizedCrop", "Rename", "Resize", "Solarize", "Tokenize", "TranslatedName",
-    "Trim", "Views",
+    "Invert", "Keep", "Normalize", "Outline", "OverlappingCrops", "Pad", "Perturb", "RandAugment", "RandomAffine",
+    "RandomErasing", "RandomFlip", "RandomResizedCrop", "Rename", "Resize", "Solarize", "SwappedCaption", "Tokenize",
+    "TranslatedName", "Trim", "Views",
 ]  # fmt: skip

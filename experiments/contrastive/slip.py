@@ -1,0 +1,118 @@
+"""Trains SLIP: CLIP on a weak view of each image, and SimCLR on two strong ones, with one image tower.
+
+python -m vlpjax.main --config=experiments/contrastive/slip.py --workdir=runs/slip
+
+``small`` needs nothing but this package: bundled drawings of 32 px, five minutes of one CPU core.  ``slip.py:paper`` is
+ViT-B/16 on YFCC15M, as tars of pictures and texts (title or description).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from experiments._bundled import normalize, tokenize, train
+from experiments.contrastive import _web
+from experiments.contrastive import clip as clip_experiment
+from vlpjax.config import Config, spec
+from vlpjax.data.transforms import (
+    ColorJitter,
+    DrawCaption,
+    GaussianBlur,
+    Grayscale,
+    Normalize,
+    RandomFlip,
+    RandomResizedCrop,
+    Views,
+)  # fmt: skip
+from vlpjax.errors import UserError
+from vlpjax.objectives.contrastive import InfoNCE
+from vlpjax.objectives.ntxent import NTXent
+
+SIZES = ("small", "paper")
+SYSTEM = dict(
+    system="SLIP",
+    paper="SLIP: Self-supervision meets Language-Image Pre-training, arXiv 2112.12750",
+    here="InfoNCE on a weak view plus NT-Xent on two strong views of the same image tower",
+    published="ViT-B/16 on YFCC15M, 25 epochs: 42.8 % zero-shot, 72.1 % linear ImageNet",
+    measured="not measured yet",
+)
+# Its settings, against those of CLIP on the same data: the image tower's linear probe.
+PROOF = dict(against="experiments/contrastive/clip.py:small", metric="linear probe accuracy", steps=400)
+VIEWS = ("view1", "view2")
+PAPER_BATCH, PAPER_RATE = 4096, 3e-3
+
+
+def get_config(size: str = "small") -> Config:
+    if size not in SIZES:
+        raise UserError(f"SLIP has no size {size!r}; there are {', '.join(SIZES)}.")
+    return small() if size == "small" else paper()
+
+
+def objectives(contrast: Config, projector: tuple[int, ...]) -> dict[str, Any]:
+    """Both losses with weight one: the paper halves the sum over the two views, which ``NTXent`` does not."""
+    return dict(
+        clip=dict(weight=1.0, loss=contrast),
+        simclr=dict(weight=0.5, loss=spec(NTXent, views=VIEWS, temperature=0.1, projector=projector)),
+    )
+
+
+def views(weak: dict[str, Config], size: int, pixels: Config, strong_scale: tuple[float, float]) -> Config:
+    """The weak view takes the image's own name; the strong ones are SimCLR's."""
+    strong = dict(
+        crop=spec(RandomResizedCrop, size=size, scale=strong_scale, resample="bicubic"),
+        jitter=spec(ColorJitter, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, probability=0.8),
+        grayscale=spec(Grayscale, probability=0.2),
+        blur=spec(GaussianBlur, sigma=(0.1, 2.0 * size / 224), probability=0.5),
+        flip=spec(RandomFlip, captions=()),
+        normalize=pixels,
+    )
+    return spec(Views, views=dict(image=dict(**weak, normalize=pixels), **dict.fromkeys(VIEWS, strong)))
+
+
+def small() -> Config:
+    """CLIP's small setting with two more views."""
+    config = clip_experiment.small()
+    config.name = "SLIP, small"
+    weak = clip_experiment.augmentation()
+    weak.pop("flip")  # which sides a caption names is known before the views are made
+    config.objectives = objectives(spec(InfoNCE, same="label", temperature=0.04), (256, 256, 64))
+    config.data.train = train(
+        dict(
+            flip=spec(RandomFlip),
+            caption=clip_experiment.caption(),
+            tokenize=tokenize(clip_experiment.LENGTH),
+            views=views(weak, clip_experiment.SIZE, normalize(), (0.3, 1.0)),
+        ),
+        keep=("image", "text", "label", *VIEWS),
+        batch_size=128,
+    )
+    return config
+
+
+def paper() -> Config:
+    """ViT-B/16 on YFCC15M, 25 epochs of 4,096."""
+    config = clip_experiment.paper()
+    config.name = "SLIP, ViT-B/16 on YFCC15M"
+    config.duration = "25 epochs"
+    config.towers = dict(
+        image=_web.vit(
+            16, 768, 12, 512, pre_norm=False, patch_bias=True, final_norm=True, pool_norm=False, epsilon=1e-6
+        ),
+        text=_web.text(512, 12, 512),
+    )
+    config.objectives = objectives(spec(InfoNCE), (4096, 4096, 256))
+    config.data = _web.declared(224, 77, examples=14_829_396, **dict.fromkeys(VIEWS, "float32[224,224,3]"))
+    pixels = spec(Normalize, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    config.data.train = _web.pairs(
+        dict(
+            caption=spec(DrawCaption, fields=("title", "description"), max_parts=1),
+            tokenize=_web.tokenize(),
+            views=views(dict(crop=_web.crop(224, scale=(0.5, 1.0))), 224, pixels, (0.08, 1.0)),
+        ),
+        PAPER_BATCH,
+        keep=("image", "text", *VIEWS),
+    )
+    config.data.train.source.tars = "yfcc15m/{00000..01499}.tar"
+    config.optimizer = _web.adamw(PAPER_RATE, 0.1, "1 epoch", eps=1e-8, final=1e-5 / PAPER_RATE)
+    config.evaluators = dict(imagenet=_web.zero_shot(224, _web.tokenize(), pixels))
+    return config
