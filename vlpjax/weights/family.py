@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -92,6 +93,21 @@ def first_that_holds(
 
 def boxed_shapes(family: Family, model: nn.Module) -> Any:
     """Shapes of all variables, with the logical axes of parameters; nothing is computed."""
+    # Towers hold functions, which are never equal; what these make is.
+    made = (
+        tuple((name, make()) for name, make in model.makers.items()) if isinstance(model, Towers) else model
+    )
+    try:
+        hash((family, made))
+    except TypeError:  # a field of a module is a list or a dictionary
+        return _traced_shapes.__wrapped__(family, made)
+    return _traced_shapes(family, made)
+
+
+@functools.lru_cache(maxsize=16)
+def _traced_shapes(family: Family, made: nn.Module | tuple[tuple[str, nn.Module], ...]) -> Any:
+    """Remembered: tracing a deep model takes seconds, and reading and writing it ask for the same."""
+    model = Towers.of(dict(made)) if isinstance(made, tuple) else made
     shapes = jax.eval_shape(lambda example: _initialize(model, example, 0), family.example(model))
     return {name: tree for name, tree in shapes.items() if name in COLLECTIONS}
 

@@ -23,11 +23,11 @@ from vlpjax.data.transforms.images import (
     Trim,
 )
 from vlpjax.data.transforms.texts import DrawCaption, FixedCaption, Tokenize, TranslatedName
+from vlpjax.data.transforms.tiles import Tiles
 from vlpjax.data.transforms.views import Views
 
 __all__ = [
     "CenterCrop", "ColorJitter", "Decode", "DrawCaption", "Drop", "FixedCaption", "GaussianBlur", "Grayscale",
     "Invert", "Keep", "Normalize", "Outline", "Pad", "RandAugment", "RandomAffine", "RandomErasing", "RandomFlip",
-    "RandomResizedCrop", "Rename", "Resize", "Solarize", "Tokenize", "TranslatedName", "Trim",
-    "Views",
+    "RandomResizedCrop", "Rename", "Resize", "Solarize", "Tiles", "Tokenize", "TranslatedName", "Trim", "Views",
 ]  # fmt: skip
