@@ -88,7 +88,7 @@ def dense(
     )
 
 
-NORMS = ("layer", "rms", "rms_offset")
+NORMS = ("layer", "layer_plain", "rms", "rms_offset")
 
 
 class RMSNorm(nn.Module):
@@ -119,12 +119,15 @@ def norm(name: str, kind: str = "layer", dtype: Any = None, epsilon: float = 1e-
     """LayerNorm or RMSNorm over features: statistics in float32, replicated parameters.
 
     Args:
-      kind: ``"layer"``; ``"rms"`` ("Root Mean Square Layer Normalization", arXiv 1910.07467); or
-        ``"rms_offset"``, which learns the difference of the scale from 1 (Gemma, arXiv 2403.08295).
+      kind: ``"layer"``; ``"layer_plain"``, which learns nothing; ``"rms"`` ("Root Mean Square Layer Normalization",
+        arXiv 1910.07467); or ``"rms_offset"``, which learns the difference of the scale from 1 (Gemma, arXiv
+        2403.08295).
     """
     if kind == "layer":
         scale, bias = named(nn.initializers.ones, "activation"), named(nn.initializers.zeros, "activation")
         return nn.LayerNorm(epsilon=epsilon, dtype=dtype, scale_init=scale, bias_init=bias, name=name)
+    if kind == "layer_plain":
+        return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_scale=False, use_bias=False, name=name)
     if kind in ("rms", "rms_offset"):
         return RMSNorm(epsilon=epsilon, offset=float(kind == "rms_offset"), dtype=dtype, name=name)
     raise UserError(f"norm is {kind!r}; there are {', '.join(map(repr, NORMS))}.")
@@ -316,6 +319,7 @@ class Block(nn.Module):
       order: where norms stand: ``"pre"`` (at the start of each branch), ``"post"`` (after each sum, as in BERT,
         arXiv 1810.04805), ``"both"`` (at the start and at the end of each branch, as in Gemma 2, arXiv 2408.00118).
       cross: whether the block also attends to a ``memory`` between attention and MLP.
+      memory_norm: whether each block norms the memory for itself ("CroCo", arXiv 2210.10716).
       layer_scale: initial value of a learned factor per feature at each branch's end ("Going deeper with Image
         Transformers", arXiv 2103.17239), or None.
       dropout: share of each branch's output that is zeroed in training.
@@ -338,6 +342,7 @@ class Block(nn.Module):
     gated: bool = False
     order: str = "pre"
     cross: bool = False
+    memory_norm: bool = False
     layer_scale: float | None = None
     dropout: float = 0.0
     norm: str = "layer"
@@ -418,6 +423,8 @@ class Block(nn.Module):
         tokens = leave("attention", mixed.tokens)
         if self.cross:
             attention = Attention(self.heads, self.kv_heads, self.head_dim, **fields, name="cross_attention")
+            if self.memory_norm and memory is not None:
+                memory = norm("memory_norm", self.norm, self.dtype, self.epsilon)(memory)
             if memory is None:
                 crossed = attention(enter("cross"), memory_interval, kept)
             else:

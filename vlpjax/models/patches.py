@@ -100,6 +100,33 @@ def cut(
     return rearrange(images, pattern, t=tubelet, p=patch[0], q=patch[1])
 
 
+def join(
+    patches: Float[Array, "batch patches pixels"],
+    grid: tuple[int, int],
+    patch: tuple[int, int],
+    tubelet: int = 1,
+) -> Float[Array, "batch *frames height width channels"]:
+    """The inverse of :func:`cut`: images, or clips if there are more patches than one grid or tubelet has.
+
+    Args:
+      grid: rows and columns of patches.
+
+    Raises:
+      UserError: patches that fill no grid, or pixels that fill no patch.
+    """
+    rows, columns = grid
+    count, pixels = patches.shape[1:]
+    if count % (rows * columns) or pixels % (tubelet * math.prod(patch)):
+        raise UserError(
+            f"{count} patches of {pixels} numbers cannot be joined on a grid of {rows}x{columns} patches of "
+            f"{patch[0]}x{patch[1]} pixels."
+        )
+    sizes = dict(h=rows, w=columns, p=patch[0], q=patch[1])
+    if count == rows * columns and tubelet == 1:
+        return rearrange(patches, "b (h w) (p q c) -> b (h p) (w q) c", **sizes)
+    return rearrange(patches, "b (f h w) (t p q c) -> b (f t) (h p) (w q) c", t=tubelet, **sizes)
+
+
 class FlexibleProjection(nn.Module):
     """The linear projection of patches whose kernel is stored for another patch size, and resized when used.
 

@@ -175,6 +175,7 @@ def rotation_2d(
     head_dim: int,
     base: float = 10000.0,
     form: str = "patches",
+    scale: Float[Array, ""] | float = 1.0,
 ) -> Rotation:
     """Angles of 2-D rotary positions: the first half of a head's angles turns by the row, the second by the column.
 
@@ -188,6 +189,7 @@ def rotation_2d(
       form: of the coordinates.  ``"patches"``: rows and columns are counted from 0 (Qwen2-VL, arXiv 2409.12191).
         ``"centred"``: the centre of the patch, in [-1, 1] across the image, times 2 pi (DINOv3, arXiv 2508.10104,
         whose base is 100).
+      scale: factor of the coordinates.
 
     Raises:
       UserError: a head whose width 4 does not divide, or an unknown form.
@@ -199,6 +201,8 @@ def rotation_2d(
     coordinates = positions.astype(jnp.float32)
     if form == "centred":
         coordinates = 2 * np.pi * (2 * (coordinates + 0.5) / grids - 1)
+    if not (isinstance(scale, float) and scale == 1.0):
+        coordinates = coordinates * scale
     rates = base ** (-np.arange(head_dim // 4) / (head_dim // 4))
     angles = coordinates[..., None] * jnp.asarray(rates, jnp.float32)  # [B, N, 2, head_dim / 4]
     angles = angles.reshape(*angles.shape[:-2], head_dim // 2)

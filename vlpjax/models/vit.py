@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.errors import UserError
 from vlpjax.models.heads import Projection
@@ -27,7 +27,7 @@ from vlpjax.models.positions_2d import (
     sincos_positions,
 )
 from vlpjax.models.stack import Stack
-from vlpjax.parallel.attention import segments
+from vlpjax.parallel.attention import Interval, causal, segments
 
 POOLS = ("cls", "mean", "map", "none")
 POSITIONS = ("learned", "sincos", "rotary", "none")
@@ -66,6 +66,9 @@ class ViT(nn.Module):
       resize_positions: whether images of another size than ``image_size`` are taken.
       sincos_form: see :func:`vlpjax.models.positions_2d.sincos_positions`.
       rotary_form, rotary_base: see :func:`vlpjax.models.positions_2d.rotation_2d`.
+      rotary_rescale: in training, rotary coordinates are multiplied by a factor that is log-uniform between 1 /
+        ``rotary_rescale`` and ``rotary_rescale``, one for the whole batch (DINOv3, arXiv 2508.10104); 1 does nothing.
+      causal: whether a token sees itself and the tokens before it only, class tokens first ("NEPA", arXiv 2512.16922).
       segments: images per row of packed images that come without grids.
       pool: ``"cls"`` (the first class token), ``"mean"`` (of the patches), ``"map"`` (attention with a learned query
         to the patches), or ``"none"``.
@@ -124,6 +127,8 @@ class ViT(nn.Module):
     sincos_form: str = "big_vision"
     rotary_form: str = "patches"
     rotary_base: float = 10000.0
+    rotary_rescale: float = 1.0
+    causal: bool = False
     segments: int = 1
     pool: str = "cls"
     pooler: bool = False
@@ -155,6 +160,9 @@ class ViT(nn.Module):
         images: Float[Array, "batch *frames height width channels"] | Mapping[str, jax.Array],
         *,
         masked: Bool[Array, "batch patches"] | None = None,
+        keep: Int[Array, "batch kept"] | None = None,
+        keys: Bool[Array, "batch patches"] | None = None,
+        embedded: bool = False,
         hidden: tuple[int, ...] = (),
         attention: tuple[int, ...] = (),
         train: bool = False,
@@ -165,6 +173,11 @@ class ViT(nn.Module):
           images: [B, H, W, C]; clips [B, T, H, W, C] if the tower takes several frames; or rows of patches of S images
             each: the fields of :class:`vlpjax.models.packing.Packed`.
           masked: patches that the mask token stands for; their pixels are not seen.
+          keep: the patches that are encoded, in this order, each with its own position; the others are left out, and
+            the tokens that come back are of these (arXiv 2111.06377).  The prefix always stays.
+          keys: the patches that tokens attend to, in every block; all of them keep attending (arXiv 2207.07611).  The
+            prefix is always attended to.
+          embedded: also return the patches as they were before masking and positions.
           hidden: blocks to read the tokens after out of; negative numbers count from the end.
           attention: blocks to read the attention weights out of.
 
@@ -173,7 +186,8 @@ class ViT(nn.Module):
           tokens or registers, ``"pooled"`` [B, D], ``"embedding"`` [B, E] projected into the joint space (equal to
           ``"pooled"`` without a projection).  Packed, pooled and embedded are [B, S, D] and [B, S, E], zero where a
           row has no such image, and tokens of padding mean nothing.  Without pooling the last two are absent.
-          ``"hidden"`` {block: [B, P + N, D]} and ``"attention"`` {block: [B, H, P + N, P + N]} if they were asked for.
+          ``"patch_embeddings"`` [B, N, D] of all patches, ``"hidden"`` {block: [B, P + N, D]} and ``"attention"``
+          {block: [B, H, P + N, P + N]} if they were asked for.
 
         Raises:
           UserError: images of another size than ``image_size``, or settings that there are not.
@@ -193,21 +207,30 @@ class ViT(nn.Module):
             base=self.patch_base,
             name="patches",
         )(self._checked(images) if packed is None else packed.patches, train=train)  # [B, N, D]
-        tokens = self._mask(tokens, masked)
+        patches, tokens = tokens, self._mask(tokens, masked)
         size = pair(self.image_size) if isinstance(images, Mapping) else images.shape[-3:-1]
         grid = self._grid((size[0], size[1]))
-        rotation = self._rotation(grid, packed)
+        rotation = self._rotation(grid, packed, train)
         tokens = self._add_positions(tokens, grid, packed)  # [B, P + N, D]
-        if train and self.patch_dropout:
-            tokens, rotation = self._drop_patches(tokens, rotation)
+        if keep is not None:
+            self._check_keep(keep, packed)
+        elif train and self.patch_dropout:
+            keep = self._drawn_patches(tokens)
+        if keep is not None:
+            tokens = self._kept(tokens, keep)  # [B, P + K, D]
+            rotation = None if rotation is None else Rotation(*(self._kept(x, keep) for x in rotation))
         if self.pre_norm:
             tokens = self._norm("pre_norm", tokens)
         shared: dict[str, Any] = {} if rotation is None else {"rotation": rotation}
-        interval = None if packed is None else segments(self._with_prefix(packed.segment_ids, 1))
+        if keys is not None:
+            shared["mask"] = self._key_mask(keys, keep, tokens.shape[1])
+        interval = self._interval(tokens.shape[1], packed)
         stacked = Stack(
             self._block(), self.depth, scan=self.scan, remat=self.remat, drop_path=self.drop_path
         )(tokens, interval, hidden=hidden, weights=attention, train=train, **shared)
         outputs = self._outputs(stacked.tokens, packed)
+        if embedded:
+            outputs["patch_embeddings"] = patches
         if hidden:
             outputs["hidden"] = stacked.hidden
         if attention:
@@ -247,6 +270,11 @@ class ViT(nn.Module):
             raise UserError(
                 f"ViT.positions is {self.positions!r}, which knows rows and columns but not time; clips of more than "
                 "one tubelet take 'learned'."
+            )
+        if self.rotary_rescale < 1 or (self.rotary_rescale > 1 and self.positions != "rotary"):
+            raise UserError(
+                f"ViT.rotary_rescale is {self.rotary_rescale} with positions={self.positions!r}; it is at least 1, and "
+                "more than 1 only with 'rotary'."
             )
 
     def _checked(self, images: Any) -> jax.Array:
@@ -331,13 +359,17 @@ class ViT(nn.Module):
         widths = [(0, 0), (self._prefix, 0), *[(0, 0)] * (patches.ndim - 2)]
         return jnp.pad(patches, widths, constant_values=value)
 
-    def _rotation(self, grid: tuple[int, int], packed: Packed | None) -> Rotation | None:
+    def _rotation(self, grid: tuple[int, int], packed: Packed | None, train: bool) -> Rotation | None:
         """Angles per token; the prefix does not turn."""
         if self.positions != "rotary":
             return None
         positions = grid_positions(*grid)[None] if packed is None else packed.positions
         grids = jnp.asarray(grid)[None, None] if packed is None else packed.token_grids
-        rotation = rotation_2d(positions, grids, self.width // self.heads, self.rotary_base, self.rotary_form)
+        scale: jax.Array | float = 1.0
+        if train and self.rotary_rescale > 1:
+            scale = self.rotary_rescale ** jax.random.uniform(self.make_rng("dropout"), minval=-1.0)
+        head_dim = self.width // self.heads
+        rotation = rotation_2d(positions, grids, head_dim, self.rotary_base, self.rotary_form, scale)
         return Rotation(self._with_prefix(rotation.cos, 1.0), self._with_prefix(rotation.sin, 0.0))
 
     def _add_positions(self, tokens: jax.Array, grid: tuple[int, int], packed: Packed | None) -> jax.Array:
@@ -381,22 +413,40 @@ class ViT(nn.Module):
         learned = self.param(name, initial, (1, count, self.width)).astype(tokens.dtype)
         return jnp.broadcast_to(learned, (tokens.shape[0], count, self.width))
 
-    def _drop_patches(
-        self, tokens: jax.Array, rotation: Rotation | None
-    ) -> tuple[jax.Array, Rotation | None]:
-        """Keeps int(N (1 - patch_dropout)) random patches per image, in their order, and the prefix."""
-        patches = tokens[:, self._prefix :]
-        batch, count = patches.shape[:2]
+    def _drawn_patches(self, tokens: jax.Array) -> jax.Array:
+        """int(N (1 - patch_dropout)) random patches per image, in their order: [B, K]."""
+        batch, count = tokens.shape[0], tokens.shape[1] - self._prefix
         kept = max(1, int(count * (1 - self.patch_dropout)))
         noise = jax.random.uniform(self.make_rng("dropout"), (batch, count))
-        chosen = jnp.sort(jnp.argsort(noise, axis=1)[:, :kept], axis=1)[..., None]  # [B, kept, 1]
+        return jnp.sort(jnp.argsort(noise, axis=1)[:, :kept], axis=1)
 
-        def keep(entries: jax.Array) -> jax.Array:
-            entries = jnp.broadcast_to(entries, (batch, *entries.shape[1:]))
-            patches = jnp.take_along_axis(entries[:, self._prefix :], chosen, axis=1)
-            return jnp.concatenate([entries[:, : self._prefix], patches], axis=1)
+    def _check_keep(self, keep: jax.Array, packed: Packed | None) -> None:
+        if packed is not None or keep.ndim != 2:
+            raise UserError(
+                f"The image tower was told which patches to keep by an array of shape {keep.shape}"
+                f"{'' if packed is None else ' for packed images'}; it takes [batch, kept] for images of one size."
+            )
 
-        return keep(tokens), None if rotation is None else Rotation(*map(keep, rotation))
+    def _kept(self, entries: jax.Array, keep: jax.Array) -> jax.Array:
+        """Of entries per token [B or 1, P + N, ...] those of the prefix and of the kept patches."""
+        entries = jnp.broadcast_to(entries, (keep.shape[0], *entries.shape[1:]))
+        chosen = keep.reshape(*keep.shape, *[1] * (entries.ndim - 2))
+        patches = jnp.take_along_axis(entries[:, self._prefix :], chosen, axis=1)
+        return jnp.concatenate([entries[:, : self._prefix], patches], axis=1)
+
+    def _key_mask(self, keys: jax.Array, keep: jax.Array | None, tokens: int) -> jax.Array:
+        """Which tokens are attended to, the same for all queries: [B, P + N, P + N]."""
+        seen = self._with_prefix(keys, 1)
+        seen = seen if keep is None else self._kept(seen, keep)
+        return jnp.broadcast_to(seen[:, None], (len(seen), tokens, tokens))
+
+    def _interval(self, tokens: int, packed: Packed | None) -> Interval | None:
+        """What each token sees."""
+        if packed is None:
+            return causal(tokens) if self.causal else None
+        if self.causal:
+            raise UserError("A causal image tower takes no packed images.")
+        return segments(self._with_prefix(packed.segment_ids, 1))
 
     def _outputs(self, tokens: jax.Array, packed: Packed | None) -> dict[str, Any]:
         """Norms and pools what the last block gave."""
