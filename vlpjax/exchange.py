@@ -28,6 +28,7 @@ from vlpjax.weights import Preprocessing, save_pretrained
 from vlpjax.weights.encoders import BIAS, SCALE
 from vlpjax.weights.exporting import complete_or_nothing, tokenizer_files
 from vlpjax.weights.families import family_holding, family_named
+from vlpjax.weights.families.vit_mae import MAE_DECODER
 from vlpjax.weights.importing import family_for, read_variables
 from vlpjax.weights.opening import open_weights
 from vlpjax.workdir import read_config
@@ -80,7 +81,7 @@ def export_run(
 
 def their_name(name: str, config: ConfigDict) -> str:
     """The name that families know a head by; a run may call its objective as it likes."""
-    for head in (SCALE, BIAS):
+    for head in (SCALE, BIAS, MAE_DECODER):
         if (
             len(config.objectives) == 1
             and name == f"{next(iter(config.objectives))}_{head.partition('_')[2]}"

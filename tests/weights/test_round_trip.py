@@ -50,6 +50,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dinov2_with_registers": dict(BODY, mlp_ratio=2, num_register_tokens=3),
     "dinov2_with_registers_gated": dict(BODY, mlp_ratio=2, num_register_tokens=3, use_swiglu_ffn=True),
     "vit_mae": BODY,
+    "vit_mae_with_decoder": dict(
+        BODY, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+        decoder_intermediate_size=20,
+    ),
     "bert": WORDS,
     "t5": T5,
     "gpt2": dict(vocab_size=31, n_embd=24, n_layer=2, n_head=4, n_positions=12),
