@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,6 +15,8 @@ import pytest
 from tests.tiny import (
     BATCH,
     STEPS,
+    Agreement,
+    Noisy,
     NormTower,
     Trained,
     assert_trees_close,
@@ -20,6 +24,7 @@ from tests.tiny import (
     experiment_of,
     layout_of,
     model_config,
+    on_host,
     random_batch,
     take_steps,
 )
@@ -209,6 +214,88 @@ def test_running_statistics_go_from_step_to_step(accumulate: int) -> None:
         for micro in range(accumulate):
             mean = 0.9 * mean + 0.1 * images[micro::accumulate].mean(axis=0)
     np.testing.assert_allclose(history[2].statistics["image"]["norm"]["mean"], mean, rtol=1e-4, atol=1e-6)
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """Objectives that draw per row, one of them with BatchNorm heads, and a teacher that is not the student."""
+
+    config: Config
+    state: TrainState
+
+    def gradients(self, accumulate: int) -> tuple[Any, Any, Any]:
+        """Losses, statistics and gradients of one batch."""
+        experiment = replace(experiment_of(self.config), accumulate=accumulate)
+        return jax.jit(lambda state, batch: gradients(experiment, state, batch))(self.state, random_batch())
+
+    @functools.cached_property
+    def plain(self) -> tuple[Any, Any, Any]:
+        return self.gradients(accumulate=1)
+
+
+@pytest.fixture(scope="module")
+def agreed() -> Agreed:
+    config = model_config()
+    del config.towers.text
+    config.objectives = dict(
+        agree=dict(weight=1.0, loss=spec(Agreement)), noisy=dict(weight=0.5, loss=spec(Noisy))
+    )
+    config.teachers = dict(slow=spec(EMA, decay=0.9))
+    state = on_host(jax.jit(lambda batch: initial_state(experiment_of(config), batch))(random_batch()))
+    random = np.random.default_rng(1)
+    other = jax.tree.map(lambda x: x + 0.1 * random.standard_normal(x.shape).astype(x.dtype), state.params)
+    return Agreed(config, state.replace(teachers={"slow": other}))
+
+
+def batch_normed(x: np.ndarray) -> np.ndarray:
+    return (x - x.mean(axis=0)) / np.sqrt(x.var(axis=0) + 1e-5)
+
+
+def test_heads_see_the_whole_batch_and_a_teachers_leave_no_statistics(agreed: Agreed) -> None:
+    config, state = agreed.config, agreed.state
+    images, embed_with = random_batch()["image"], experiment_of(config).towers.makers["image"]()
+    losses, statistics, _ = agreed.plain
+    key = fold_name(
+        fold_name(jax.random.fold_in(jax.random.key(config.seed), 0), "objectives"), "agree/noise"
+    )
+    noise = np.stack([jax.random.normal(jax.random.fold_in(key, row), (16,)) for row in range(BATCH)])
+    embed = jax.jit(lambda params: embed_with.apply({"params": params}, images))
+
+    def projected(params: Any, noise: Any) -> list[np.ndarray]:
+        """What enters the norms of the projector, and what leaves it."""
+        head, embedded = params["agree_projector"], embed(params["image"])["embedding"]
+        first = (np.asarray(embedded) + noise) @ head["layer_0"]["kernel"]
+        affine = batch_normed(first) * head["norm_0"]["scale"] + head["norm_0"]["bias"]
+        second = np.maximum(affine, 0) @ head["layer_1"]["kernel"]
+        return [first, second, batch_normed(second)]
+
+    *entered, ours = projected(state.params, 0.5 * noise)
+    *_, theirs = projected(state.teachers["slow"], 0.0)
+    np.testing.assert_allclose(losses["agree"].value, np.square(ours - theirs).sum(axis=1).mean(), rtol=1e-4)
+    own = statistics["agree_projector"]
+    for name, x in zip(("norm_0", "norm_1"), entered, strict=True):
+        np.testing.assert_allclose(own[name]["mean"], 0.1 * x.mean(axis=0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(own[name]["var"], 0.9 + 0.1 * x.var(axis=0), rtol=1e-4)
+
+
+def test_draws_per_row_and_heads_statistics_do_not_depend_on_accumulation(agreed: Agreed) -> None:
+    (losses, statistics, grads), (parts, kept, accumulated) = agreed.plain, agreed.gradients(accumulate=4)
+    for name in ("agree", "noisy"):
+        np.testing.assert_allclose(parts[name].value, losses[name].value, rtol=1e-5)
+        assert abs(float(losses[name].value)) > 1e-3
+    np.testing.assert_allclose(parts["agree"].metrics["noise"], losses["agree"].metrics["noise"], rtol=1e-6)
+    assert_trees_close(kept, statistics, rtol=1e-5, atol=1e-6)
+    assert np.abs(statistics["agree_projector"]["norm_0"]["mean"]).max() > 1e-3
+    assert_trees_close(accumulated, grads, rtol=1e-4, atol=1e-6)
+
+
+def test_heads_statistics_are_those_of_the_batch_on_every_mesh(agreed: Agreed) -> None:
+    losses, statistics, _ = agreed.plain
+    eight = take_steps(agreed.config, layout_of(8), steps=1, start=agreed.state)
+    np.testing.assert_allclose(
+        eight.losses[0], losses["agree"].value + 0.5 * losses["noisy"].value, rtol=1e-5
+    )
+    assert_trees_close(eight.history[1].statistics, statistics, rtol=1e-5, atol=1e-6)
 
 
 def test_the_learning_rate_that_is_logged_is_the_schedule() -> None:

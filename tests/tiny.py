@@ -13,6 +13,7 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
@@ -28,8 +29,10 @@ from vlpjax.evaluators.retrieval import Retrieval
 from vlpjax.evaluators.zeroshot import ZeroShot
 from vlpjax.experiment import Experiment, base_config
 from vlpjax.mesh import Layout, make_layout
+from vlpjax.models.heads import MLPHead
 from vlpjax.models.text import TextTransformer
 from vlpjax.models.vit import ViT
+from vlpjax.objectives.base import BatchCoupled, Context, Loss, Objective
 from vlpjax.objectives.contrastive import InfoNCE
 from vlpjax.optim.optimizer import Optimizer, Schedule
 from vlpjax.state import TrainState
@@ -216,6 +219,43 @@ class NormTower(nn.Module):
         flat = images.reshape(images.shape[0], -1)
         flat = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(flat)
         return {"embedding": nn.Dense(self.features, name="projection")(flat)}
+
+
+@dataclass(frozen=True)
+class Agreement(BatchCoupled):
+    """Pulls what a projector makes of images, with noise per example, to what the teacher ``slow`` makes of them."""
+
+    noise: float = 0.5
+
+    def heads(self) -> dict[str, nn.Module]:
+        return {"projector": MLPHead((12, 6), last_norm="plain")}
+
+    def encode(self, context: Context) -> dict[str, jax.Array]:
+        image = context.encode("image", "image")["embedding"]
+        return {
+            "student": image + self.noise * row_noise(context, *image.shape),
+            "teacher": context.encode("image", "image", teacher="slow")["embedding"],
+        }
+
+    def compare(self, features: dict[str, jax.Array], context: Context) -> Loss:
+        ours = context.head("projector", features["student"])
+        theirs = context.head("projector", features["teacher"], teacher="slow")
+        value = jnp.mean(jnp.sum(jnp.square(ours - theirs), axis=-1))
+        return Loss(value, {"noise": jnp.mean(jnp.abs(row_noise(context, *ours.shape)))})
+
+
+@dataclass(frozen=True)
+class Noisy(Objective):
+    """A mean over examples, of embeddings times noise per example."""
+
+    def __call__(self, context: Context) -> Loss:
+        image = context.encode("image", "image")["embedding"]
+        return Loss(jnp.mean(jnp.sum(image * row_noise(context, *image.shape), axis=-1)))
+
+
+def row_noise(context: Context, batch: int, features: int) -> jax.Array:
+    """Noise [batch, features], each example's from its own key."""
+    return jax.vmap(lambda key: jax.random.normal(key, (features,)))(context.row_keys("noise", batch))
 
 
 @dataclass(frozen=True)

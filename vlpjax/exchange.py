@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from vlpjax.checkpoint import Checkpoints, load_variables
 from vlpjax.config import TYPE, Config, build, resolve, spec, suggest, to_json
 from vlpjax.data.tokenizers import Tokenizer
-from vlpjax.data.transforms import CenterCrop, Normalize, Pad, Resize, Trim
+from vlpjax.data.transforms import CenterCrop, Normalize, Pad, Resize, Tiles, Trim
 from vlpjax.errors import UserError
 from vlpjax.experiment import build_modules
 from vlpjax.mesh import Layout, make_layout
@@ -28,6 +28,7 @@ from vlpjax.weights import Preprocessing, save_pretrained
 from vlpjax.weights.encoders import BIAS, SCALE
 from vlpjax.weights.exporting import complete_or_nothing, tokenizer_files
 from vlpjax.weights.families import family_holding, family_named
+from vlpjax.weights.families.vit_mae import MAE_DECODER
 from vlpjax.weights.importing import family_for, read_variables
 from vlpjax.weights.opening import open_weights
 from vlpjax.workdir import read_config
@@ -80,7 +81,7 @@ def export_run(
 
 def their_name(name: str, config: ConfigDict) -> str:
     """The name that families know a head by; a run may call its objective as it likes."""
-    for head in (SCALE, BIAS):
+    for head in (SCALE, BIAS, MAE_DECODER):
         if (
             len(config.objectives) == 1
             and name == f"{next(iter(config.objectives))}_{head.partition('_')[2]}"
@@ -97,26 +98,39 @@ def preprocessing_of(config: ConfigDict) -> Preprocessing | None:
         steps = [
             build(transforms[name])
             for name in transforms
-            if _is_a(transforms[name], Resize, CenterCrop, Normalize)
+            if _is_a(transforms[name], Resize, CenterCrop, Tiles, Normalize)
         ]
         found: dict[type, Any] = {type(step): step for step in steps}
-        resize, crop, normalize = (found.get(kind) for kind in (Resize, CenterCrop, Normalize))
+        resize, crop, tiles, normalize = (found.get(kind) for kind in (Resize, CenterCrop, Tiles, Normalize))
+        if normalize is None:
+            continue
+        low, high = (-1.0, 1.0) if normalize.range == "-1..1" else (0.0, 1.0)
+        values: dict[str, Any] = dict(
+            value_range=(low, high),
+            mean=tuple(normalize.mean or (0.0, 0.0, 0.0)),
+            std=tuple(normalize.std or (1.0, 1.0, 1.0)),
+        )
+        if tiles is not None and resize is None and crop is None:
+            tiling = tiles.tiling
+            return Preprocessing(
+                size=(tiling.tile, tiling.tile),
+                interpolation=tiles.resample,
+                resolutions=tuple((height, width) for height, width in tiling.resolutions),
+                **values,
+            )
         if (
             resize is None
-            or normalize is None
+            or tiles is not None
             or resize.mode == "pad"
             or (resize.mode == "shorter") != (crop is not None)
         ):
             continue
         size = crop.size if crop is not None else resize.size
-        low, high = (-1.0, 1.0) if normalize.range == "-1..1" else (0.0, 1.0)
         return Preprocessing(
             size=(size, size) if isinstance(size, int) else tuple(size),
             shortest_edge=resize.size if crop is not None else None,
             interpolation=resize.resample,
-            value_range=(low, high),
-            mean=tuple(normalize.mean or (0.0, 0.0, 0.0)),
-            std=tuple(normalize.std or (1.0, 1.0, 1.0)),
+            **values,
         )
     return None
 

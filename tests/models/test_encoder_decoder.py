@@ -18,6 +18,7 @@ from vlpjax.errors import UserError
 from vlpjax.models.beam import Beam
 from vlpjax.models.encoder_decoder import EncoderDecoder, relative_buckets, shift_right
 from vlpjax.models.generate import generate
+from vlpjax.models.sampling import Greedy, NoRepeat, Sample
 
 MODEL = EncoderDecoder(
     vocabulary=31, width=12, depth=2, decoder_depth=2, heads=2, head_dim=5, mlp_dim=20, buckets=8, max_distance=10
@@ -141,8 +142,37 @@ def theirs(peer: Any, **options: Any) -> np.ndarray:
 
 def test_greedy_generation_equals_theirs(peers: tuple[Any, EncoderDecoder, Any, jax.Array]) -> None:
     peer, model, variables, memory = peers
-    found = generate(model, variables, memory=memory, memory_lengths=LENGTHS, max_new_tokens=64)
-    np.testing.assert_array_equal(found.tokens, theirs(peer, max_new_tokens=64, eos_token_id=None))
+    # With random weights it would repeat itself for ever, if it might.
+    expected = theirs(peer, max_new_tokens=64, eos_token_id=None, no_repeat_ngram_size=2)
+    assert expected.shape == (2, 64) and min(len(set(row)) for row in expected.tolist()) > 10
+    options = dict(memory=memory, memory_lengths=LENGTHS, processors=(NoRepeat(2),))
+    found = generate(model, variables, max_new_tokens=64, **options)
+    np.testing.assert_array_equal(found.tokens, expected)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def last_logits(variables: Any, memory: jax.Array, ids: jax.Array, count: int, model: EncoderDecoder) -> Any:
+    """Of what follows the first ``count`` of ``ids``, by decoding all of them; no cache."""
+    decoded = model.apply(variables, ids, memory=memory, memory_lengths=LENGTHS, method="decode")
+    return jax.lax.dynamic_index_in_dim(decoded["logits"], count - 1, axis=1, keepdims=False)
+
+
+@pytest.mark.parametrize("sampler", [Greedy(), Sample(temperature=0.7, top_k=12, top_p=0.95)])
+def test_the_cache_changes_nothing_in_generation(
+    peers: tuple[Any, EncoderDecoder, Any, jax.Array], sampler: Greedy | Sample
+) -> None:
+    _, model, variables, memory = peers
+    rng, expected = jax.random.key(5), np.zeros((2, 65), np.int32)
+    expected[:, 0] = model.start_id
+    for count in range(1, 65):
+        rng, key = jax.random.split(rng)
+        expected[:, count] = sampler(last_logits(variables, memory, expected, count, model), key)
+    found = generate(
+        model, variables, memory=memory, memory_lengths=LENGTHS, max_new_tokens=64, sampler=sampler,
+        rng=jax.random.key(5),
+    )  # fmt: skip
+    np.testing.assert_array_equal(found.tokens, expected[:, 1:])
+    assert isinstance(sampler, Greedy) or min(len(set(row)) for row in found.tokens.tolist()) > 5
 
 
 def test_beam_search_equals_theirs(peers: tuple[Any, EncoderDecoder, Any, jax.Array]) -> None:

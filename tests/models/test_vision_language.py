@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from vlpjax.data.tiling import NEWLINE, NOTHING, Tiling
 from vlpjax.errors import UserError
 from vlpjax.models.connectors import LinearConnector
 from vlpjax.models.decoder import Decoder, prefix_causal
 from vlpjax.models.vision_language import (
-    NEWLINE,
-    NOTHING,
-    Tiling,
     VisionLanguageModel,
     expand_prompts,
     generate_with_images,
@@ -170,22 +168,6 @@ def test_tokens_can_be_those_of_chosen_blocks_with_the_class_token() -> None:
 
 
 TILING = Tiling(4, 2, ((4, 8), (8, 4), (8, 8)))
-
-
-def test_tiles_stand_on_one_grid_whose_rows_end_in_a_learned_token() -> None:
-    assert TILING.tiles((10, 20)) == 3
-    assert TILING.arrangement((10, 20)).tolist() == [0, 1, 2, 3, 4, 5, 8, 9, NEWLINE, 6, 7, 10, 11, NEWLINE]
-    # Above and below a flat image there is border, which is left out.
-    assert TILING.resolution((8, 14)) == (8, 8)
-    assert Tiling(4, 4, ((8, 8),)).arrangement((4, 8)).shape == (16 + 4 * 9,)
-
-
-def test_arrangements_count_through_the_images_of_a_row() -> None:
-    found = TILING.arrangements([[(10, 20)], [(10, 20), (20, 10)]])
-    one, other = TILING.arrangement((10, 20)), TILING.arrangement((20, 10))
-    assert found.shape == (2, len(one) + len(other))
-    assert found[0, len(one) :].tolist() == [NOTHING] * len(other)
-    assert found[1, len(one) :].tolist() == [NEWLINE if token < 0 else token + 12 for token in other]
 
 
 def test_an_arrangement_puts_tokens_and_newlines_where_it_says() -> None:

@@ -119,12 +119,6 @@ def assert_identical(
         assert tensor.tobytes() == before[name].tobytes(), f"{name} is not bit-identical"
 
 
-def assert_rounded(variables: Any, again: Any) -> None:
-    """Values went through bfloat16: each is off by half a unit of its last place at most."""
-    for exact, rounded in zip(jax.tree.leaves(variables), jax.tree.leaves(again), strict=True):
-        np.testing.assert_allclose(rounded, exact, rtol=2**-8, atol=0)
-
-
 def save_theirs(model: Any, folder: Path) -> None:
     """Saves as `transformers` does."""
     model.save_pretrained(folder)
@@ -187,9 +181,6 @@ def check(
         # Equal tensors do not yet make an equal model: the config that we write must say the same.
         again = theirs(load(folder / "back"))
     compare(again, expected, 1e-6, "their weights, written here, there")
-
-    save_pretrained(model, variables, folder / "half", family=family, dtype="bfloat16")
-    assert_rounded(variables, from_pretrained(folder / "half")[1])
 
     drawn = draw(variables)
     save_pretrained(model, drawn, folder / "ours", family=family)

@@ -13,9 +13,10 @@ import transformers
 from safetensors.numpy import save_file
 
 from tests.weights import parity
+from vlpjax.data.tiling import Tiling
 from vlpjax.errors import UserError
 from vlpjax.models.connectors import MlpConnector
-from vlpjax.models.vision_language import Tiling, expand_prompts, generate_with_images
+from vlpjax.models.vision_language import expand_prompts, generate_with_images
 from vlpjax.weights import from_pretrained, save_pretrained
 from vlpjax.weights.families import family_of
 

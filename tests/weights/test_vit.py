@@ -1,4 +1,4 @@
-"""ViT with pooler, with a classifier and with neither, and the encoder of ViT-MAE, equal `transformers`'."""
+"""ViT with pooler, with a classifier and with neither equal `transformers`'."""
 
 from __future__ import annotations
 
@@ -100,33 +100,6 @@ def test_a_file_without_the_pooler_that_its_class_has_is_read_by_name(tmp_path: 
     save_pretrained(model, variables, tmp_path / "back")
     parity.assert_identical(tmp_path / "theirs", tmp_path / "back", rename=with_prefix)
     parity.load_theirs(tmp_path / "back")
-
-
-def test_the_encoder_of_a_masked_autoencoder_equals_theirs(tmp_path: Path) -> None:
-    images = drawn(24, 24)
-    order = torch.arange(9.0).repeat(2, 1)  # theirs shuffles the patches by this noise, also if it masks none
-    config = transformers.ViTMAEConfig(**SIZES, image_size=24, patch_size=8, mask_ratio=0.0)
-    parity.check(
-        transformers.ViTMAEModel(config),
-        tmp_path,
-        lambda model: their_tower(model, images, noise=order),
-        lambda model, variables: our_tower(model, variables, images),
-        family="vit_mae",
-    )
-
-
-def test_the_decoder_of_a_masked_autoencoder_is_left_behind(tmp_path: Path) -> None:
-    config = transformers.ViTMAEConfig(
-        **SIZES, image_size=24, patch_size=8, mask_ratio=0.0, decoder_hidden_size=16, decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=2, decoder_intermediate_size=20,
-    )  # fmt: skip
-    peer = transformers.ViTMAEForPreTraining(config)
-    parity.randomize(peer).save_pretrained(tmp_path / "theirs")
-    model, variables = from_pretrained(tmp_path / "theirs")
-    images = drawn(24, 24)
-    with torch.no_grad():
-        expected = their_tower(peer.vit, images, noise=torch.arange(9.0).repeat(2, 1))
-    parity.compare(jax.jit(lambda variables: our_tower(model, variables, images))(variables), expected)
 
 
 @pytest.mark.parametrize(

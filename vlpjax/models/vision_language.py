@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,101 +18,12 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from vlpjax.data.tiling import NEWLINE, NOTHING, Tiling
 from vlpjax.errors import UserError
 from vlpjax.models.decoder import Decoder, prefix_causal
 from vlpjax.models.generate import Generation, generate
 from vlpjax.models.layers import KeyValues, named
 from vlpjax.parallel.attention import Interval
-
-NEWLINE, NOTHING = -1, -2  # in an arrangement: the learned end of a row of image tokens, and padding
-
-Size = tuple[int, int]  # height and width
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How an image of any size is cut: a small copy of the whole, and tiles that show it larger.
-
-    The image is resized to fit into one of the resolutions, centred there, and cut.  Of the tiles' tokens those that
-    show nothing but border are left out, and each row of the rest ends in a learned token.  Which tokens these are
-    depends on sizes alone, so that it is known before a model runs, and is an array for it.
-
-    Source: "Improved Baselines with Visual Instruction Tuning", arXiv 2310.03744, section 3.4; released as LLaVA-NeXT.
-
-    Attributes:
-      tile: side of a tile, and of the small copy, in pixels.
-      grid: tokens along a tile's side.
-      resolutions: heights and widths that an image may be resized to, in pixels; multiples of ``tile``.
-    """
-
-    tile: int
-    grid: int
-    resolutions: tuple[Size, ...]
-
-    def __post_init__(self) -> None:
-        wrong = [size for size in self.resolutions if min(size) < 1 or any(side % self.tile for side in size)]
-        if wrong or not self.resolutions:
-            raise UserError(
-                f"Tiling.resolutions is {self.resolutions}; it takes heights and widths that are multiples of "
-                f"tile={self.tile}, at least one."
-            )
-
-    def resolution(self, size: Size) -> Size:
-        """Which of the resolutions an image of this size is shown in: the most of its pixels, then the least border."""
-
-        def rank(resolution: Size) -> tuple[int, int]:
-            scale = min(resolution[1] / size[1], resolution[0] / size[0])
-            shown = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
-            return shown, shown - resolution[0] * resolution[1]
-
-        return max(self.resolutions, key=rank)
-
-    def tiles(self, size: Size) -> int:
-        """Images that the tower sees of an image of this size: the small copy and the tiles."""
-        height, width = self.resolution(size)
-        return 1 + (height // self.tile) * (width // self.tile)
-
-    def arrangement(self, size: Size) -> np.ndarray:
-        """Image tokens of an image of this size, in order.
-
-        Returns:
-          int32 [tokens]: of the small copy, then of the rows of the tiles' common grid without the border, each with
-          ``NEWLINE`` behind.  Numbers count tokens through the tower's images, the small copy first.
-        """
-        height, width = (side // self.tile for side in self.resolution(size))
-        tiles = np.arange(height * width * self.grid**2).reshape(height, width, self.grid, self.grid)
-        common = tiles.swapaxes(1, 2).reshape(height * self.grid, width * self.grid) + self.grid**2
-        rows = np.pad(_without_border(common, size), [(0, 0), (0, 1)], constant_values=NEWLINE)
-        return np.concatenate([np.arange(self.grid**2), rows.ravel()]).astype(np.int32)
-
-    def arrangements(self, sizes: Sequence[Sequence[Size]]) -> Int[np.ndarray, "batch tokens"]:
-        """What a batch gives :class:`VisionLanguageModel`, by the sizes of each row's images.
-
-        All rows' images are padded to as many as the row with the most has; so are image tokens, with ``NOTHING``.
-        """
-        rows = []
-        for images in sizes:
-            before, parts = 0, [np.zeros(0, np.int32)]
-            for size in images:
-                own = self.arrangement(size)
-                parts.append(np.where(own == NEWLINE, NEWLINE, own + before))
-                before += self.tiles(size) * self.grid**2
-            rows.append(np.concatenate(parts))
-        longest = max(len(row) for row in rows)
-        padded = [np.pad(row, (0, longest - len(row)), constant_values=NOTHING) for row in rows]
-        return np.stack(padded).astype(np.int32)
-
-
-def _without_border(grid: np.ndarray, size: Size) -> np.ndarray:
-    """The rows or columns in the middle of a grid on which an image of this size is centred."""
-    rows, columns = grid.shape
-    height, width = size
-    # Rounded as the published model was trained: a border of 2 x 1.5 tokens is one of 1.
-    if width / height > columns / rows:
-        border = (rows - int(round(height * (columns / width), 7))) // 2
-        return grid[border : rows - border]
-    border = (columns - int(round(width * (rows / height), 7))) // 2
-    return grid[:, border : columns - border]
 
 
 def insert_images(

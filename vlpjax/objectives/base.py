@@ -124,7 +124,7 @@ class Context:
         batch, views = fields[0].shape[0], len(names)
         joined = jnp.stack(fields, axis=1).reshape(batch * views, *fields[0].shape[1:])
         options = {
-            key: value.reshape(batch * views, *value.shape[2:]) if isinstance(value, jax.Array) else value
+            key: value.reshape(batch * views, *value.shape[2:]) if hasattr(value, "shape") else value
             for key, value in options.items()
         }
         outputs = self._encoded((tower, tuple(names), teacher, variant), tower, joined, teacher, options)

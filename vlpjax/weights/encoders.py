@@ -26,8 +26,9 @@ SCALE, BIAS = "clip_logit_scale", "clip_logit_bias"
 
 # Settings of training and of execution: a checkpoint says nothing about them, so that they need not agree with it.
 FREE = frozenset(
-    {"dtype", "dropout", "drop_path", "patch_dropout", "scan", "remat", "resize_positions", "parent", "name"}
-)
+    {"dtype", "dropout", "drop_path", "patch_dropout", "rotary_rescale", "scan", "remat", "resize_positions", "parent",
+     "name"}
+)  # fmt: skip
 STEM = frozenset({"stem_channels", "stem_strides", "stem_norm"})
 
 

@@ -85,7 +85,9 @@ def save_pretrained(
                 (partial / name).write_bytes(content)
             if isinstance(tokenizer, Tokenizer):
                 tokenizer.save(partial)
-        write_tensors(plan, leaves, partial, chosen.weights_file, DTYPES[dtype], max_shard_bytes)
+        write_tensors(
+            plan, leaves, partial, chosen.weights_file, DTYPES[dtype], max_shard_bytes, chosen.fixed(model)
+        )
 
 
 def full_config(family: Family, config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -103,15 +105,18 @@ def write_tensors(
     file_name: str,
     dtype: np.dtype,
     max_shard_bytes: int,
+    fixed: Mapping[str, np.ndarray],
 ) -> None:
-    """Writes the tensors of a plan as one safetensors file, or as several and an index.
+    """Writes the tensors of a plan and the fixed ones as one safetensors file, or as several and an index.
 
     Args:
       plan: per tensor the parameters that it holds.
       leaves: arrays of the variables by path.
       folder: None for a process that takes part in gathering and writes nothing.
+      fixed: tensors that no parameter holds, by name.
     """
     kinds = {name: (dtype, pieces[0].binding.their_shape) for name, pieces in plan.items()}
+    kinds |= {name: (dtype, tensor.shape) for name, tensor in fixed.items()}
     files: list[list[str]] = [[]]
     room = max_shard_bytes
     for name, (_, shape) in kinds.items():
@@ -126,7 +131,9 @@ def write_tensors(
     for number, names in enumerate(files, start=1):
         part = file_name if len(files) == 1 else f"{stem}-{number:05d}-of-{len(files):05d}{suffix}"
         weight_map.update(dict.fromkeys(names, part))
-        arrays = ((name, _tensor(plan[name], leaves).astype(dtype)) for name in names)
+        arrays = (
+            (name, (fixed[name] if name in fixed else _tensor(plan[name], leaves)).astype(dtype)) for name in names
+        )  # fmt: skip
         if folder is None:
             for _ in arrays:  # the writing process needs what this one holds
                 pass

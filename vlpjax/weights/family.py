@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vlpjax.errors import UserError
@@ -44,9 +46,11 @@ class Family:
         hold it, naming the field of the module.
       rules: of parameters and tensors, in order of preference: where two tensors may hold one parameter (an older
         and a newer spelling), the first is written and either is read.  A rule that finds nothing is not used.
-      example: arguments of the module for shape inference: a tuple of ``jax.ShapeDtypeStruct`` for one tower; for
-        ``Towers`` a dict of such tuples per tower (``()`` for a head without arguments).
+      example: arguments of the module for shape inference: a tuple of ``jax.ShapeDtypeStruct`` (and of constants, such
+        as a grid) for one tower; for ``Towers`` a dict of such tuples per tower (``()`` for a head without arguments).
       sizes: of a config, the sizes of axes that no shape of ours determines.
+      fixed: of a module, the tensors of theirs that ours computes (tables of positions), by the names that are
+        written; a file that is read must have these values, if it has them.
       ignored: regular expressions of tensor names that hold nothing that is learned.
       tied: (copy, original) names of tensors, with placeholders, of which the first repeats the second when a
         config ties them.  Copies are not written; if a file has only the copy, it is read in its place.
@@ -62,6 +66,7 @@ class Family:
     rules: tuple[Rule, ...]
     example: Callable[[nn.Module], Any]
     sizes: Callable[[Mapping[str, Any]], Mapping[str, int]] = patch_sizes
+    fixed: Callable[[nn.Module], Mapping[str, np.ndarray]] = lambda model: {}
     ignored: tuple[str, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     prefixes: tuple[str, ...] = ("",)
@@ -92,15 +97,44 @@ def first_that_holds(
 
 def boxed_shapes(family: Family, model: nn.Module) -> Any:
     """Shapes of all variables, with the logical axes of parameters; nothing is computed."""
-    shapes = jax.eval_shape(lambda example: _initialize(model, example, 0), family.example(model))
+    # Towers hold functions, which are never equal; what these make is.
+    made = (
+        tuple((name, make()) for name, make in model.makers.items()) if isinstance(model, Towers) else model
+    )
+    try:
+        hash((family, made))
+    except TypeError:  # a field of a module is a list or a dictionary
+        return _traced_shapes.__wrapped__(family, made)
+    return _traced_shapes(family, made)
+
+
+@functools.lru_cache(maxsize=16)
+def _traced_shapes(family: Family, made: nn.Module | tuple[tuple[str, nn.Module], ...]) -> Any:
+    """Remembered: tracing a deep model takes seconds, and reading and writing it ask for the same."""
+    model = Towers.of(dict(made)) if isinstance(made, tuple) else made
+    arrays, whole = _arrays(family.example(model))
+    shapes = jax.eval_shape(lambda arrays: _initialize(model, whole(arrays), 0), arrays)
     return {name: tree for name, tree in shapes.items() if name in COLLECTIONS}
 
 
 def initial_variables(family: Family, model: nn.Module, seed: int = 0) -> Any:
     """Random variables of a module, as its initializers make them, without axis names: for tests and examples."""
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), family.example(model))
-    variables = nn.meta.unbox(jax.jit(lambda example: _initialize(model, example, seed))(zeros))
+    arrays, whole = _arrays(family.example(model))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), arrays)
+    variables = nn.meta.unbox(jax.jit(lambda arrays: _initialize(model, whole(arrays), seed))(zeros))
     return {name: tree for name, tree in variables.items() if name in COLLECTIONS}
+
+
+def _arrays(example: Any) -> tuple[list[jax.ShapeDtypeStruct], Callable[[list[Any]], Any]]:
+    """The arrays of an example, and what puts arrays back between its constants, which are not traced."""
+    leaves, tree = jax.tree.flatten(example)
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
+
+    def whole(arrays: list[Any]) -> Any:
+        filled = dict(zip(places, arrays, strict=True))
+        return jax.tree.unflatten(tree, [filled.get(place, leaf) for place, leaf in enumerate(leaves)])
+
+    return [leaves[place] for place in places], whole
 
 
 def _initialize(model: nn.Module, example: Any, seed: int) -> Any:

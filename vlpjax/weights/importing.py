@@ -22,7 +22,7 @@ from vlpjax.mesh import Layout
 from vlpjax.rules import map_with_names
 from vlpjax.weights.families import family_named, family_of, model_type
 from vlpjax.weights.family import Family, boxed_shapes
-from vlpjax.weights.matching import Member, Piece, match_tensors, members, tied_copies
+from vlpjax.weights.matching import Member, Piece, match_tensors, members, tied_copies, without_prefixes
 from vlpjax.weights.opening import Opened, open_weights
 from vlpjax.weights.tensors import Tensors
 
@@ -31,6 +31,7 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+_ROUNDED = 0.01  # how far a file of half precision may be from a table of sines and cosines
 _ROWS_COMPARED = 16  # of a tensor that repeats another, at its start
 
 
@@ -82,7 +83,7 @@ def read_variables(
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; there are {', '.join(map(repr, DTYPES))}.")
     boxed = boxed_shapes(family, model)
-    layers = _match(family, members(boxed), opened)
+    layers = _match(family, members(boxed), opened, family.fixed(model))
     plain = meta.unbox(boxed)
     if mesh is None:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -97,7 +98,12 @@ def read_variables(
 
 
 def fill_variables(
-    family: Family, variables: Any, opened: Opened, new: Sequence[str] = (), beside: Any = None
+    family: Family,
+    variables: Any,
+    opened: Opened,
+    new: Sequence[str] = (),
+    beside: Any = None,
+    fixed: Mapping[str, np.ndarray] | None = None,
 ) -> Any:
     """Variables with the values of opened weights, of the types that they have and where they lie.
 
@@ -105,6 +111,7 @@ def fill_variables(
       variables: of a module that the family's rules know, as arrays.
       new: regular expressions of parameters that no tensor holds; they stay as they are.
       beside: shapes of what the weights hold besides the module's own; it is matched and not read.
+      fixed: tensors that the family's module computes.
 
     Raises:
       UserError: weights that do not fit the variables; before any of them is read.
@@ -115,7 +122,7 @@ def fill_variables(
         for member in members(variables)
         if not any(re.fullmatch(expression, member.name) for expression in new)
     ]
-    layers = _match(family, [*own, *others], opened)
+    layers = _match(family, [*own, *others], opened, fixed or {})
 
     def fill(path: str, leaf: jax.Array) -> jax.Array:
         if path not in layers:
@@ -125,16 +132,19 @@ def fill_variables(
     return map_with_names(fill, variables)
 
 
-def _match(family: Family, parameters: Sequence[Member], opened: Opened) -> dict[str, list[Piece]]:
+def _match(
+    family: Family, parameters: Sequence[Member], opened: Opened, fixed: Mapping[str, np.ndarray]
+) -> dict[str, list[Piece]]:
     """Per path of a parameter, what it is made of; everything that can be wrong shows here."""
     tensors, what = opened.tensors, str(opened.path)
-    pieces = match_tensors(family, parameters, tensors.shapes, family.sizes(opened.config), what)
+    pieces = match_tensors(family, parameters, tensors.shapes, family.sizes(opened.config), what, fixed)
     for piece in pieces:
         if not is_float(tensors.dtype(piece.tensor)):
             raise UserError(
                 f"{what}: the tensor {piece.tensor!r} has the type {tensors.dtype(piece.tensor)}, which is no "
                 "floating-point type; quantised weights are read from GGUF files only."
             )
+    _check_fixed(family, tensors, fixed, what)
     _check_tied(family, tensors, {piece.tensor for piece in pieces}, what)
     layers: dict[str, list[Piece]] = {}
     for piece in pieces:
@@ -183,6 +193,25 @@ def _make_array(
         return parts[bounds]
 
     return jax.make_array_from_callback(shape, place, read)
+
+
+def _check_fixed(family: Family, tensors: Tensors, fixed: Mapping[str, np.ndarray], what: str) -> None:
+    """Tensors that the module computes must be what it computes."""
+    for name, full in without_prefixes(family, tensors.shapes, what).items():
+        if name not in fixed:
+            continue
+        if tensors.shapes[full] != fixed[name].shape:
+            raise UserError(
+                f"{what}: the tensor {full!r} has shape {tensors.shapes[full]}, but the module computes one of shape "
+                f"{fixed[name].shape}."
+            )
+        found = tensors.read(full).astype(np.float32)
+        difference = float(np.abs(found - fixed[name]).max())
+        if not difference <= _ROUNDED:
+            raise UserError(
+                f"{what}: the tensor {full!r} is off by {difference:.2g} from what the module computes in its place "
+                "and cannot take from a file."
+            )
 
 
 def _check_tied(family: Family, tensors: Tensors, used: set[str], what: str) -> None:

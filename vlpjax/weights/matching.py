@@ -81,6 +81,7 @@ def match_tensors(
     tensors: Mapping[str, Shape],
     sizes: Mapping[str, int],
     what: str,
+    fixed: Container[str] = (),
 ) -> list[Piece]:
     """For every parameter the tensor that holds it.
 
@@ -88,11 +89,12 @@ def match_tensors(
       tensors: shapes by name.
       sizes: of axes that no parameter's shape determines.
       what: the folder or file, for messages.
+      fixed: names of tensors that the module computes.
 
     Raises:
       UserError: tensors or parameters without a counterpart, two for one, or shapes that do not fit.
     """
-    given = _without_prefixes(family, tensors, what)
+    given = without_prefixes(family, tensors, what)
     pieces: list[Piece] = []
     missing: list[str] = []
     taken: dict[tuple[str, int | None], Member] = {}
@@ -132,7 +134,7 @@ def match_tensors(
     surplus = [
         full
         for name, full in given.items()
-        if full not in used and not _needless(family, name, {key for key, _ in taken})
+        if full not in used and name not in fixed and not _needless(family, name, {key for key, _ in taken})
     ]
     _check_total(family, missing, surplus, what)
     _check_whole(pieces, what)
@@ -172,7 +174,7 @@ def match_parameters(
 
 def tied_copies(family: Family, tensors: Mapping[str, Shape], used: set[str]) -> list[tuple[str, str]]:
     """Pairs (copy, original) of tensors that should be equal, of which only the original was used."""
-    given = _without_prefixes(family, tensors, "the file")
+    given = without_prefixes(family, tensors, "the file")
     pairs = []
     for name, full in given.items():
         for copy, original in family.tied:
@@ -222,7 +224,7 @@ def _bound(
         ) from error
 
 
-def _without_prefixes(family: Family, tensors: Mapping[str, Shape], what: str) -> dict[str, str]:
+def without_prefixes(family: Family, tensors: Mapping[str, Shape], what: str) -> dict[str, str]:
     """Names without a wrapper's prefix -> names in the file; the longest prefix that fits goes."""
     found: dict[str, str] = {}
     for full in tensors:

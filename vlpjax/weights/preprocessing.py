@@ -26,6 +26,8 @@ class Preprocessing:
       interpolation: a key of :data:`RESAMPLE`.
       value_range: what pixel values 0 and 255 are scaled to.
       mean, std: per channel, of values in ``value_range``.
+      resolutions: heights and widths that images of any size are shown in, cut into tiles of ``size``
+        (:class:`vlpjax.data.transforms.Tiles`); none: an image is one input.
     """
 
     size: tuple[int, int]
@@ -34,11 +36,17 @@ class Preprocessing:
     value_range: tuple[float, float] = (0.0, 1.0)
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    resolutions: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.interpolation not in RESAMPLE:
             raise UserError(
                 f"Preprocessing.interpolation is {self.interpolation!r}; there are {', '.join(RESAMPLE)}."
+            )
+        if self.resolutions and (self.size[0] != self.size[1] or self.shortest_edge is not None):
+            raise UserError(
+                f"Preprocessing.resolutions cuts images into square tiles, but size is {self.size} and "
+                f"shortest_edge is {self.shortest_edge}; set a square size and no shortest_edge."
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -51,14 +59,21 @@ class Preprocessing:
         span = high - low if low else 1.0
         height, width = self.size
         exact = {"height": height, "width": width}
-        cropped = self.shortest_edge is not None
+        # Tiles are resized to the size that they have, and cropped to it, which changes nothing.
+        shortest = height if self.resolutions else self.shortest_edge
+        cropped, kind = (
+            shortest is not None,
+            "ViTImageProcessor" if shortest is None else "CLIPImageProcessor",
+        )
+        tiled = {"do_pad": True, "image_grid_pinpoints": [list(size) for size in self.resolutions]}
         return {
-            "image_processor_type": "CLIPImageProcessor" if cropped else "ViTImageProcessor",
+            "image_processor_type": "LlavaNextImageProcessor" if self.resolutions else kind,
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": {"shortest_edge": self.shortest_edge} if cropped else exact,
+            "size": {"shortest_edge": shortest} if cropped else exact,
             "resample": RESAMPLE[self.interpolation],
             **({"do_center_crop": True, "crop_size": exact} if cropped else {}),
+            **(tiled if self.resolutions else {}),
             "do_rescale": True,
             "rescale_factor": factor,
             "do_normalize": True,
@@ -88,14 +103,16 @@ class Preprocessing:
         elif shortest is not None:
             size = crop if crop is not None else shortest
         normalize = fields.get("do_normalize", True)
+        resolutions = tuple((height, width) for height, width in fields.get("image_grid_pinpoints") or ())
         factor = fields.get("rescale_factor", 1 / 255) if fields.get("do_rescale", True) else 1.0
         return cls(
             size=_pair(size),
-            shortest_edge=shortest,
+            shortest_edge=None if resolutions else shortest,
             interpolation=names[resample],
             value_range=(0.0, 255 * factor),
             mean=tuple(fields["image_mean"]) if normalize and "image_mean" in fields else (0.0, 0.0, 0.0),
             std=tuple(fields["image_std"]) if normalize and "image_std" in fields else (1.0, 1.0, 1.0),
+            resolutions=resolutions,
         )
 
 

@@ -59,7 +59,7 @@ class Pretrained:
         family = family_for(opened, self.family or None)
         built, beside = family.build(opened.config), None
         variables = {"params": params} | ({"batch_stats": statistics} if statistics else {})
-        several = isinstance(built, Towers)
+        several, fixed = isinstance(built, Towers), family.fixed(built)
         if isinstance(built, Towers):
             if name not in built:
                 raise UserError(f"{self.path} holds the towers {', '.join(built)}, and none named {name!r}.")
@@ -73,7 +73,7 @@ class Pretrained:
         self._check(name, tower, built)
         family = dataclasses.replace(family, ignored=(*family.ignored, *self.unused))
         new = [f"{name}/{expression}" for expression in self.new] if several else self.new
-        filled = fill_variables(family, variables, opened, new, beside)
+        filled = fill_variables(family, variables, opened, new, beside, fixed)
         found = {collection: tree[name] if several else tree for collection, tree in filled.items()}
         return found["params"], found.get("batch_stats", statistics)
 

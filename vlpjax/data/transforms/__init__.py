@@ -28,11 +28,12 @@ from vlpjax.data.transforms.images import (
 from vlpjax.data.transforms.order import Perturb, SwappedCaption
 from vlpjax.data.transforms.pairs import OverlappingCrops
 from vlpjax.data.transforms.texts import DrawCaption, FixedCaption, Tokenize, TranslatedName
+from vlpjax.data.transforms.tiles import Tiles
 from vlpjax.data.transforms.views import Views
 
 __all__ = [
     "CenterCrop", "ColorJitter", "Decode", "DrawCaption", "Drop", "FixedCaption", "GaussianBlur", "Grayscale",
     "Invert", "Keep", "Normalize", "Outline", "OverlappingCrops", "Pad", "Perturb", "RandAugment", "RandomAffine",
-    "RandomErasing", "RandomFlip", "RandomResizedCrop", "Rename", "Resize", "Solarize", "SwappedCaption", "Tokenize",
-    "TranslatedName", "Trim", "Views",
+    "RandomErasing", "RandomFlip", "RandomResizedCrop", "Rename", "Resize", "Solarize", "SwappedCaption", "Tiles",
+    "Tokenize", "TranslatedName", "Trim", "Views",
 ]  # fmt: skip

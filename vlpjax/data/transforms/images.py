@@ -438,7 +438,7 @@ VALUE_RANGES = {"-1..1": (0.5, 0.5), "0..1": (0.0, 1.0)}
 
 @dataclasses.dataclass(frozen=True)
 class Normalize(grain_transforms.Map):
-    """uint8 image -> float32 [height, width, 3].
+    """uint8 image, or several [..., height, width, 3], -> float32 of the same shape.
 
     Either `range` ("-1..1" or "0..1") or `mean` and `std` of the three channels, as fractions of 1, are given.
     """
@@ -461,17 +461,17 @@ class Normalize(grain_transforms.Map):
     def map(self, element: Example) -> Example:
         pixels = np.asarray(
             require(element, self.field, (Image.Image, np.ndarray))
-        )  # uint8 [height, width, 3]
-        height, width, channels = pixels.shape
+        )  # uint8 [..., height, width, 3]
+        width, channels = pixels.shape[-2:]
         scale, shift = _affine_of(
             self.range, self.mean and tuple(self.mean), self.std and tuple(self.std), width
         )
         # Converted first, then scaled line by line: NumPy's inner loops then run over width * 3 values of one
         # type, which is several times as fast as broadcasting three factors over uint8.
-        values = pixels.reshape(height, width * channels).astype(np.float32)
+        values = pixels.reshape(-1, width * channels).astype(np.float32)
         values *= scale
         values += shift
-        return {**element, self.field: values.reshape(height, width, channels)}
+        return {**element, self.field: values.reshape(pixels.shape)}
 
 
 @functools.lru_cache(maxsize=64)

@@ -13,9 +13,7 @@ from vlpjax.models.vision_language import VisionLanguageModel
 from vlpjax.models.vit import ViT
 from vlpjax.weights import decoders, multimodal
 from vlpjax.weights.configs import activation_named, filled_in, their_activation
-from vlpjax.weights.encoders import (
-    linear,
-)
+from vlpjax.weights.encoders import linear
 from vlpjax.weights.family import Family
 
 TEXTS = ("llama", "mistral", "qwen2", "qwen3", "gemma")

@@ -7,9 +7,10 @@ from typing import Any
 
 from flax import linen as nn
 
+from vlpjax.data.tiling import Tiling
 from vlpjax.errors import UserError
 from vlpjax.models.patches import pair
-from vlpjax.models.vision_language import Tiling, VisionLanguageModel
+from vlpjax.models.vision_language import VisionLanguageModel
 from vlpjax.weights import decoders, multimodal
 from vlpjax.weights.families import llava
 from vlpjax.weights.family import Family

@@ -15,9 +15,7 @@ from vlpjax.models.connectors import LinearConnector
 from vlpjax.models.vision_language import VisionLanguageModel
 from vlpjax.weights import decoders, multimodal
 from vlpjax.weights.configs import filled_in
-from vlpjax.weights.encoders import (
-    linear,
-)
+from vlpjax.weights.encoders import linear
 from vlpjax.weights.families.llava import image_tokens
 from vlpjax.weights.family import Family
 

@@ -17,12 +17,7 @@ from vlpjax.errors import UserError
 from vlpjax.models.patches import pair
 from vlpjax.models.vit import ViT
 from vlpjax.weights.configs import filled_in
-from vlpjax.weights.encoders import (
-    expect,
-    hold,
-    linear,
-    tower_example,
-)
+from vlpjax.weights.encoders import expect, hold, linear, tower_example
 from vlpjax.weights.families import siglip
 from vlpjax.weights.family import Family
 from vlpjax.weights.layout import Rule, under

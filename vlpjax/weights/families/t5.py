@@ -17,12 +17,7 @@ from vlpjax.errors import UserError
 from vlpjax.models.encoder_decoder import EncoderDecoder
 from vlpjax.weights.configs import ACTIVATIONS, filled_in, require
 from vlpjax.weights.encoders import attention as attention_rules
-from vlpjax.weights.encoders import (
-    expect,
-    hold,
-    linear,
-    normed,
-)
+from vlpjax.weights.encoders import expect, hold, linear, normed
 from vlpjax.weights.family import Family
 from vlpjax.weights.layout import Rule, under
 
