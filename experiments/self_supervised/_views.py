@@ -36,6 +36,7 @@ def chain(
     blur: float = 0.5,
     solarize: float = 0.0,
     normalize: Config | None = None,
+    flip: bool = True,
 ) -> dict[str, Config]:
     """A random crop, and changes of its colours.
 
@@ -45,11 +46,12 @@ def chain(
       jitter: largest changes of brightness, contrast, saturation and hue, made with probability 0.8.
       blur, solarize: probabilities.
       normalize: the last step; None is ImageNet's mean and deviation.
+      flip: mirror half of the views; not where captions tell left from right.
     """
     brightness, contrast, saturation, hue = jitter
     steps: dict[str, Any] = dict(
         crop=spec(RandomResizedCrop, size=size, scale=scale, resample="bicubic"),
-        flip=spec(RandomFlip),
+        flip=spec(RandomFlip, probability=0.5 if flip else 0.0),
         jitter=spec(
             ColorJitter,
             brightness=brightness,

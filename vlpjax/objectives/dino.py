@@ -100,13 +100,19 @@ class DINO(MultiCrop):
     ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
         """Cross-entropy over all pairs of crops, and KoLeo."""
         logits = context.head(head, features, self.frozen(context)) / self.student_temperature  # [B, V, K]
-        pairs = jnp.mean(cross_entropies(targets, logits), axis=0)  # [G, V]
-        distilled = jnp.sum(pairs * crop_pairs(*pairs.shape))
+        distilled = self.pairs_loss(logits, targets)
         if not self.koleo:
             return distilled, {"class": distilled}
         large = range(len(self.global_views))
         spread = sum((koleo(features[:, view]) for view in large), jnp.zeros(()))
         return distilled + self.koleo * spread, {"class": distilled, "koleo": spread / len(large)}
+
+    def pairs_loss(
+        self, logits: Float[Array, "batch views prototypes"], targets: Float[Array, "batch large prototypes"]
+    ) -> Float[Array, ""]:
+        """The mean cross-entropy over all pairs of a target and another crop's logits, over the temperature."""
+        pairs = jnp.mean(cross_entropies(targets, logits), axis=0)  # [G, V]
+        return jnp.sum(pairs * crop_pairs(*pairs.shape))
 
     def targets(
         self,

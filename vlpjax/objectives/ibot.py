@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.errors import UserError
 from vlpjax.objectives.base import Context, Loss, pick
@@ -76,7 +76,7 @@ class IBOT(DINO):
 
     def encode(self, context: Context) -> dict[str, jax.Array]:
         seen = context.encode_views(self.tower, self.global_views, teacher=self.teacher)
-        hidden = self.draw_masks(context, seen["tokens"].shape[2])  # [B, G, N]
+        hidden, places, real = self.masked_places(context, seen["tokens"].shape[2])
         masked = context.encode_views(
             self.tower, self.global_views, variant=f"{context.objective}/masked", masked=hidden
         )
@@ -84,8 +84,6 @@ class IBOT(DINO):
         if self.local_views:
             local = context.encode_views(self.tower, self.local_views)
             student = jnp.concatenate([student, pick(local, self.output)], axis=1)
-        size = max(1, int(self.mask_ratio[1] * hidden.shape[2]))
-        places, real = jax.vmap(jax.vmap(lambda mask: members(mask, size)))(hidden)  # [B, G, M]
         return {
             "student": student,  # [B, V, D]
             "teacher": pick(seen, self.output),  # [B, G, D]
@@ -125,15 +123,29 @@ class IBOT(DINO):
         keys = jax.vmap(lambda key: jax.random.split(key, large))(context.row_keys("masks", len(images)))
         return jax.vmap(jax.vmap(draw))(keys)
 
+    def masked_places(
+        self, context: Context, patches: int
+    ) -> tuple[
+        Bool[Array, "batch large patches"],
+        Int[Array, "batch large masked"],
+        Bool[Array, "batch large masked"],
+    ]:
+        """The masks, the places of the patches under them, and which of these places are no filling."""
+        hidden = self.draw_masks(context, patches)
+        size = max(1, int(self.mask_ratio[1] * patches))
+        places, real = jax.vmap(jax.vmap(lambda mask: members(mask, size)))(hidden)
+        return hidden, places, real
+
     def patch_targets(
         self,
         features: Float[Array, "batch large masked width"],
         real: Bool[Array, "batch large masked"],
         context: Context,
         state: Any,
+        head: str = "",
     ) -> tuple[Float[Array, "batch large masked prototypes"], Any]:
         """The teacher's distributions of the patches under the mask, and the state after this step."""
-        logits = context.head(self._patch_head, features, teacher=self.teacher)
+        logits = context.head(head or self._patch_head, features, teacher=self.teacher)
         temperature = self.temperature(self.patch_teacher_temperature, context)
         flat, centre = self.targets(
             logits.reshape(-1, logits.shape[-1]),
@@ -150,9 +162,11 @@ class IBOT(DINO):
         targets: Float[Array, "batch large masked prototypes"],
         real: Bool[Array, "batch large masked"],
         context: Context,
+        head: str = "",
     ) -> Float[Array, ""]:
         """Cross-entropy of masked patches: the mean over those of a crop, then over all crops."""
-        logits = context.head(self._patch_head, features, self.frozen(context)) / self.student_temperature
+        logits = context.head(head or self._patch_head, features, self.frozen(context))
+        logits = logits / self.student_temperature
         losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(targets * logits, axis=-1)  # [B, G, M]
         counts = jnp.maximum(jnp.sum(real, axis=-1), 1)
         return jnp.mean(jnp.sum(jnp.where(real, losses, 0.0), axis=-1) / counts)
