@@ -1,6 +1,6 @@
 """Transforms of single examples: flat dicts in, flat dicts out.
 
-See `images`, `appearance`, `views`, `pairs`, `texts` and `fields`.
+See `images`, `appearance`, `views`, `pairs`, `collages`, `texts` and `fields`.
 """
 
 from vlpjax.data.transforms.appearance import (
@@ -13,6 +13,7 @@ from vlpjax.data.transforms.appearance import (
     RandomErasing,
     Solarize,
 )
+from vlpjax.data.transforms.collages import Collage
 from vlpjax.data.transforms.fields import Drop, Keep, Rename
 from vlpjax.data.transforms.images import (
     CenterCrop,
@@ -30,8 +31,8 @@ from vlpjax.data.transforms.texts import DrawCaption, FixedCaption, Tokenize, Tr
 from vlpjax.data.transforms.views import Views
 
 __all__ = [
-    "CenterCrop", "ColorJitter", "Decode", "DrawCaption", "Drop", "FixedCaption", "GaussianBlur", "Grayscale",
-    "Invert", "Keep", "Normalize", "Outline", "OverlappingCrops", "Pad", "RandAugment", "RandomAffine",
+    "CenterCrop", "Collage", "ColorJitter", "Decode", "DrawCaption", "Drop", "FixedCaption", "GaussianBlur",
+    "Grayscale", "Invert", "Keep", "Normalize", "Outline", "OverlappingCrops", "Pad", "RandAugment", "RandomAffine",
     "RandomErasing", "RandomFlip", "RandomResizedCrop", "Rename", "Resize", "Solarize", "Tokenize", "TranslatedName",
     "Trim", "Views",
 ]  # fmt: skip
