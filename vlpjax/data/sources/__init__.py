@@ -3,6 +3,7 @@
 from vlpjax.data.sources.array_records import ArrayRecords, pack_record, unpack_record
 from vlpjax.data.sources.base import Example, LazySource, Source
 from vlpjax.data.sources.combine import Concat, Filter, Mixture
+from vlpjax.data.sources.companions import Companion
 from vlpjax.data.sources.declared import Declared
 from vlpjax.data.sources.image_folder import ImageFolder
 from vlpjax.data.sources.order import cursors, draw, locate, permute
@@ -14,6 +15,7 @@ from vlpjax.data.sources.webdataset import WebDataset
 __all__ = [
     "TFDS",
     "ArrayRecords",
+    "Companion",
     "Concat",
     "Declared",
     "Example",

@@ -1,6 +1,6 @@
 """Transforms of single examples: flat dicts in, flat dicts out.
 
-See `images`, `appearance`, `views`, `pairs`, `texts`, `order` and `fields`.
+See the modules of this folder: `appearance`, `collages`, `fields`, `images`, `order`, `pairs`, `texts`, `tiles`, `views`.
 """
 
 from vlpjax.data.transforms.appearance import (
@@ -13,6 +13,7 @@ from vlpjax.data.transforms.appearance import (
     RandomErasing,
     Solarize,
 )
+from vlpjax.data.transforms.collages import Collage
 from vlpjax.data.transforms.fields import Drop, Keep, Rename
 from vlpjax.data.transforms.images import (
     CenterCrop,
@@ -32,8 +33,8 @@ from vlpjax.data.transforms.tiles import Tiles
 from vlpjax.data.transforms.views import Views
 
 __all__ = [
-    "CenterCrop", "ColorJitter", "Decode", "DrawCaption", "Drop", "FixedCaption", "GaussianBlur", "Grayscale",
-    "Invert", "Keep", "Normalize", "Outline", "OverlappingCrops", "Pad", "Perturb", "RandAugment", "RandomAffine",
-    "RandomErasing", "RandomFlip", "RandomResizedCrop", "Rename", "Resize", "Solarize", "SwappedCaption", "Tiles",
-    "Tokenize", "TranslatedName", "Trim", "Views",
+    "CenterCrop", "Collage", "ColorJitter", "Decode", "DrawCaption", "Drop", "FixedCaption",
+    "GaussianBlur", "Grayscale", "Invert", "Keep", "Normalize", "Outline", "OverlappingCrops", "Pad",
+    "Perturb", "RandAugment", "RandomAffine", "RandomErasing", "RandomFlip", "RandomResizedCrop", "Rename",
+    "Resize", "Solarize", "SwappedCaption", "Tiles", "Tokenize", "TranslatedName", "Trim", "Views",
 ]  # fmt: skip
