@@ -23,12 +23,13 @@ from vlpjax.data.transforms.images import (
     Trim,
 )
 from vlpjax.data.transforms.order import Perturb, SwappedCaption
+from vlpjax.data.transforms.text_augment import EasyAugment, RemoveStopWords
 from vlpjax.data.transforms.texts import DrawCaption, FixedCaption, Tokenize, TranslatedName
 from vlpjax.data.transforms.views import Views
 
 __all__ = [
-    "CenterCrop", "ColorJitter", "Decode", "DrawCaption", "Drop", "FixedCaption", "GaussianBlur", "Grayscale",
-    "Invert", "Keep", "Normalize", "Outline", "Pad", "Perturb", "RandAugment", "RandomAffine", "RandomErasing",
-    "RandomFlip", "RandomResizedCrop", "Rename", "Resize", "Solarize", "SwappedCaption", "Tokenize", "TranslatedName",
-    "Trim", "Views",
+    "CenterCrop", "ColorJitter", "Decode", "DrawCaption", "Drop", "EasyAugment", "FixedCaption", "GaussianBlur",
+    "Grayscale", "Invert", "Keep", "Normalize", "Outline", "Pad", "Perturb", "RandAugment", "RandomAffine",
+    "RandomErasing", "RandomFlip", "RandomResizedCrop", "RemoveStopWords", "Rename", "Resize", "Solarize",
+    "SwappedCaption", "Tokenize", "TranslatedName", "Trim", "Views",
 ]  # fmt: skip
