@@ -8,6 +8,8 @@ is open_clip's ViT-B/32 on LAION-400M, whose files it names; it needs some hundr
 
 from __future__ import annotations
 
+import optax
+
 from experiments._bundled import VOCABULARY, normalize, retrieval, tokenize, train
 from experiments.contrastive import _web
 from vlpjax.config import Config, spec
@@ -25,7 +27,6 @@ from vlpjax.experiment import base_config
 from vlpjax.models.text import TextTransformer
 from vlpjax.models.vit import ViT
 from vlpjax.objectives.contrastive import InfoNCE
-from vlpjax.optim.muon import muon
 from vlpjax.optim.optimizer import Optimizer, Schedule
 
 SIZES = ("small", "paper")
@@ -59,9 +60,9 @@ def small() -> Config:
     )
     config.optimizer = spec(
         Optimizer,
-        direction=spec(muon, rate=10.0),
+        direction=spec(optax.scale_by_adam, b2=0.98),
         learning_rate=2e-3,
-        schedule=spec(Schedule, warmup="5%"),
+        schedule=spec(Schedule, warmup="10%"),
         weight_decay=0.2,
         clip_norm=1.0,
     )

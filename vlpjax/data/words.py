@@ -19,6 +19,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 _OTHER = _words("""
+    very too so quite also just only rather more most less least much many few several other own same
     a an the this that these those some any each every no all both either neither another such of in on
     at by to from with without for about above across after against along among around as before behind
     below beneath beside between beyond down during except inside into like near off onto out outside

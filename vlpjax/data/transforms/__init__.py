@@ -1,6 +1,6 @@
 """Transforms of single examples: flat dicts in, flat dicts out.
 
-See the modules of this folder: `appearance`, `collages`, `fields`, `images`, `order`, `pairs`, `texts`, `tiles`, `views`.
+See the modules of this folder: `appearance`, `collages`, `fields`, `images`, `order`, `pairs`, `text_augment`, `texts`, `tiles`, `views`.
 """
 
 from vlpjax.data.transforms.appearance import (
@@ -28,13 +28,15 @@ from vlpjax.data.transforms.images import (
 )
 from vlpjax.data.transforms.order import Perturb, SwappedCaption
 from vlpjax.data.transforms.pairs import OverlappingCrops
+from vlpjax.data.transforms.text_augment import EasyAugment, RemoveStopWords
 from vlpjax.data.transforms.texts import DrawCaption, FixedCaption, Tokenize, TranslatedName
 from vlpjax.data.transforms.tiles import Tiles
 from vlpjax.data.transforms.views import Views
 
 __all__ = [
-    "CenterCrop", "Collage", "ColorJitter", "Decode", "DrawCaption", "Drop", "FixedCaption",
+    "CenterCrop", "Collage", "ColorJitter", "Decode", "DrawCaption", "Drop", "EasyAugment", "FixedCaption",
     "GaussianBlur", "Grayscale", "Invert", "Keep", "Normalize", "Outline", "OverlappingCrops", "Pad",
-    "Perturb", "RandAugment", "RandomAffine", "RandomErasing", "RandomFlip", "RandomResizedCrop", "Rename",
-    "Resize", "Solarize", "SwappedCaption", "Tiles", "Tokenize", "TranslatedName", "Trim", "Views",
+    "Perturb", "RandAugment", "RandomAffine", "RandomErasing", "RandomFlip", "RandomResizedCrop",
+    "RemoveStopWords", "Rename", "Resize", "Solarize", "SwappedCaption", "Tiles", "Tokenize",
+    "TranslatedName", "Trim", "Views",
 ]  # fmt: skip
