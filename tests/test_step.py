@@ -32,7 +32,7 @@ from vlpjax.config import Config, spec
 from vlpjax.objectives.base import fold_name
 from vlpjax.rules import map_with_names, tree_names
 from vlpjax.state import TrainState
-from vlpjax.step import gradients, initial_state
+from vlpjax.step import abstract_state, gradients, initial_state, make_train_step, train_step
 from vlpjax.teachers import EMA, Teacher
 
 SPLITS = [(devices, replica) for devices in (2, 4, 8) for replica in (1, 2, 4, 8) if replica <= devices]
@@ -72,6 +72,35 @@ def test_five_steps_are_the_same_on_every_mesh(one_device: Trained, devices: int
     ours = take_steps(model_config(dropout=0.1), layout, steps=5, start=one_device.history[0])
     np.testing.assert_allclose(ours.losses, one_device.losses, rtol=1e-5)
     assert_trees_close(first_moments(ours), first_moments(one_device), rtol=1e-4, atol=1e-7)
+
+
+def test_the_memory_of_the_old_state_is_used_for_the_new_one(one_device: Trained) -> None:
+    config, layout, batch = model_config(dropout=0.1), layout_of(1), random_batch()
+    experiment = experiment_of(config)
+    _, shardings = abstract_state(experiment, batch, layout)
+    step = make_train_step(experiment, layout, shardings, layout.sharding("batch"))
+    state = jax.device_put(one_device.history[0], shardings)
+    new, _ = step(state, batch)
+    kept = [
+        name
+        for name, leaf in zip(tree_names(state), jax.tree.leaves(state), strict=True)
+        if not leaf.is_deleted()
+    ]
+    assert not kept
+    assert int(new.step) == 1
+
+
+def test_every_gradient_is_pinned_where_its_parameter_lies() -> None:
+    """Values do not show it: without the pin a compiler may gather whole gradients on every device."""
+    experiment, layout, batch = experiment_of(model_config()), layout_of(8), random_batch()
+    abstract, shardings = abstract_state(experiment, batch, layout)
+    step = jax.make_jaxpr(lambda state, batch: train_step(experiment, state, batch, shardings.params))
+    pins = [
+        equation.params["sharding"]
+        for equation in step(abstract, batch).eqns
+        if equation.primitive.name == "sharding_constraint"
+    ]
+    assert pins == jax.tree.leaves(shardings.params)
 
 
 def test_parameters_start_the_same_on_every_mesh(one_device: Trained) -> None:

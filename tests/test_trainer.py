@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import numpy as np
 import pytest
 
 from tests.tiny import ROOT, assert_trees_equal, command, run_command, run_config
-from vlpjax import main
-from vlpjax.checkpoint import load_params
+from vlpjax import main, trainer
+from vlpjax.checkpoint import Checkpoints, load_params
+from vlpjax.data.feed import Feed
+from vlpjax.observe.clock import Clock
 from vlpjax.observe.metrics import read_jsonl
+from vlpjax.run import Run
 from vlpjax.workdir import claim
 
 CONFIG = f"--config={ROOT / 'tests' / 'experiments_tiny.py'}"
@@ -31,12 +35,65 @@ def run_here(*arguments: str) -> int:
     return main.main([f"--compilation_cache={jax.config.jax_compilation_cache_dir or ''}", *arguments])
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A run and what it did, in order.
+
+    Attributes:
+      workdir: of the run.
+      events: ``("draw" | "evaluate" | "save", step)``.
+      records: per saved step, what was saved beside the state, and the clock's pauses at that time.
+    """
+
+    workdir: Path
+    events: list[tuple[str, int]] = field(default_factory=list)
+    records: dict[int, tuple[dict[str, Any], dict[str, float]]] = field(default_factory=dict)
+
+    def watch(self, patch: pytest.MonkeyPatch) -> None:
+        """Notes what the trainer calls from here on."""
+        start, evaluate, save = Clock.start, trainer.evaluate, Checkpoints.save
+        clocks: list[Clock] = []
+
+        def started(clock: Clock) -> None:
+            clocks.append(clock)
+            start(clock)
+
+        class Drawn(Feed):
+            def __next__(feed) -> Any:
+                found = super().__next__()
+                self.events.append(("draw", found[0] + 1))
+                return found
+
+        def evaluated(run: Any, evaluators: Any, names: Any, state: Any, step: int, *rest: Any) -> Any:
+            self.events.append(("evaluate", step))
+            return evaluate(run, evaluators, names, state, step, *rest)
+
+        def saved(checkpoints: Checkpoints, step: int, state: Any, record: dict[str, Any]) -> None:
+            assert int(state.step) == step
+            self.events.append(("save", step))
+            self.records[step] = record, clocks[-1].pauses
+            save(checkpoints, step, state, record)
+
+        patch.setattr(Clock, "start", started)
+        patch.setattr(trainer, "feed", Drawn)
+        patch.setattr(trainer, "evaluate", evaluated)
+        patch.setattr(Checkpoints, "save", saved)
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
     """An undisturbed run on eight devices."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    assert run_here(CONFIG, f"--workdir={workdir}") == 0
-    return workdir
+    watched = Watched(tmp_path_factory.mktemp("finished") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        watched.watch(patch)
+        assert run_here(CONFIG, f"--workdir={watched.workdir}") == 0
+    return watched
+
+
+@pytest.fixture(scope="module")
+def finished(watched: Watched) -> Path:
+    """Its work directory."""
+    return watched.workdir
 
 
 def kill_when(workdir: Path, moment: Callable[[], bool], **environment: str) -> None:
@@ -78,6 +135,41 @@ def test_a_run_writes_a_line_per_step_and_per_evaluation(finished: Path) -> None
     assert lines[0]["train/loss"] > lines[11]["train/loss"]
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["12", "8"]
     assert (finished / "report.html").stat().st_size > 1000
+
+
+def test_a_batch_is_drawn_after_the_step_before_it_was_evaluated_and_saved(watched: Watched) -> None:
+    expected = []
+    for step in range(1, 13):
+        expected += (
+            [("draw", step)] + [("evaluate", step)] * (step % 6 == 0) + [("save", step)] * (step % 4 == 0)
+        )
+    assert watched.events == expected
+
+
+def test_a_checkpoint_records_the_data_that_comes_next_and_the_clock_as_it_stands(watched: Watched) -> None:
+    pipeline = Run.from_config(run_config()).pipeline
+    before = 0.0
+    for step, (record, pauses) in watched.records.items():
+        assert record["data"] == pipeline.data_state(step)
+        assert record["clock"]["training_seconds"] > before  # training went on
+        before = record["clock"]["training_seconds"]
+        # Evaluation came first and is in it.
+        assert record["clock"]["pauses"].get("evaluate", 0.0) == pauses.get("evaluate", 0.0)
+        assert ("evaluate" in record["clock"]["pauses"]) == (step >= 6)
+
+
+def test_a_run_that_goes_on_goes_on_with_its_clock(watched: Watched) -> None:
+    checkpoints, clock, run = (
+        Checkpoints(watched.workdir, read_only=True),
+        Clock(),
+        Run.from_config(run_config()),
+    )
+    _, start = trainer.restore_or_initialize(run, checkpoints, clock)
+    checkpoints.close()
+    assert start == 12
+    stored = watched.records[12][0]["clock"]
+    assert clock.training_seconds == pytest.approx(stored["training_seconds"])
+    assert clock.pauses["evaluate"] == pytest.approx(stored["pauses"]["evaluate"])
 
 
 def test_a_run_killed_at_four_moments_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ class Checkpoints:
             abstract,
             shardings,
         )
+        self._check_same(step, abstract)
         with self._told(step):
             restored = self._manager.restore(
                 step,
@@ -92,14 +93,26 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()
                 ),
             )
-        for name, want, got in zip(
-            tree_names(abstract), jax.tree.leaves(abstract), jax.tree.leaves(restored.state), strict=True
-        ):
-            if want.shape != got.shape:
-                raise UserError(
-                    f"{self.directory / str(step)}: {name} has shape {got.shape}; the model wants {want.shape}."
-                )
         return restored.state, restored.record
+
+    def _check_same(self, step: int, abstract: TrainState) -> None:
+        """Whether a checkpoint holds this state, by names and shapes; Orbax would not say which leaf is another."""
+        folder = self.directory / str(step)
+        with self._told(step):
+            stored = ocp.StandardCheckpointHandler().metadata(folder / "state").tree
+        have = {
+            name: tuple(leaf.shape)
+            for name, leaf in zip(tree_names(stored), jax.tree.leaves(stored), strict=True)
+        }
+        leaves = zip(tree_names(abstract), jax.tree.leaves(abstract), strict=True)
+        want = {name: tuple(leaf.shape) for name, leaf in leaves}
+        for name in sorted(want.keys() | have.keys()):
+            if name not in have:
+                raise UserError(f"{folder} has no {name}; the model wants one of shape {want[name]}.")
+            if name not in want:
+                raise UserError(f"{folder} has {name} of shape {have[name]}, and this model has none.")
+            if want[name] != have[name]:
+                raise UserError(f"{folder}: {name} has shape {have[name]}; the model wants {want[name]}.")
 
     def restore_params(self, step: int) -> dict[str, Any]:
         """The parameters of ``step`` on this machine's first device, whatever the rest of the state was."""
