@@ -15,7 +15,6 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from vlpjax.errors import UserError
 from vlpjax.mesh import active_layout, constrain
 
 
@@ -37,9 +36,6 @@ def against_all(
       shared: what all need, such as a scale.
       pieces: columns are taken in pieces of at most ``B / pieces``.  1 takes all at once, gathered; more than 1 sends
         them around the devices.
-
-    Raises:
-      UserError: pieces that do not divide a device's columns.
     """
     layout = active_layout()
     axes = () if layout is None else tuple(a for a in layout.rules["frames"] if layout.mesh.shape[a] > 1)
@@ -49,11 +45,8 @@ def against_all(
         return constrain(some(placed, gathered, *shared), None, "frames")
     devices = 1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in axes)
     held = jax.tree.leaves(columns)[0].shape[0] // devices  # columns per device
-    cuts = max(1, pieces // devices)
-    if held % cuts:
-        raise UserError(
-            f"{held} examples per device cannot be compared in {cuts} equal pieces; choose chunks that divide them."
-        )
+    # The least number of equal pieces that are small enough.
+    cuts = next(cuts for cuts in range(min(max(1, -(-pieces // devices)), held), held + 1) if held % cuts == 0)
 
     def with_held(rows: Any, columns: Any, shared: tuple[jax.Array, ...]) -> jax.Array:
         """The numbers with one device's columns, piece after piece."""
