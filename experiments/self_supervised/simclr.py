@@ -39,6 +39,7 @@ def get_config(size: str = "small") -> Config:
         views = symmetric(SIZE, SCALE, jitter=STRONG, blur=0.0, normalize=NORMALIZE)
         return small(config, views, spec(NTXent, projector=(128, 64), temperature=0.2))
     views = symmetric(224, jitter=STRONG)
-    config = paper(config, resnet50(), views, spec(NTXent), BATCH, "1000 epochs")
+    loss = spec(NTXent, projector_last_norm="affine")  # as the paper's code has it
+    config = paper(config, resnet50(), views, loss, BATCH, "1000 epochs")
     config.optimizer = lars_optimizer(0.3 * BATCH / 256, weight_decay=1e-6)
     return config

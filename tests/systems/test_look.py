@@ -99,8 +99,10 @@ def test_the_queue_is_filled_by_the_teacher_and_eight_devices_rank_alike() -> No
     kernel = RNG.normal(size=(6, E)).astype(np.float32)
     heads = {"params": {"loss_projector": {"layer_0": {"kernel": kernel, "bias": np.zeros(E, np.float32)}}}}
     state = objective.initial_state()
-    first = compared(objective, features, heads, state=state, batch=batch).loss
+    empty = compared(objective, features, heads, state=state, batch=batch)
+    first = empty.loss
     assert first.metrics["counted"] == 0.0  # the queue was empty
+    np.testing.assert_array_equal(empty.features["student"], 0.0)
     np.testing.assert_array_equal(first.state["examples"], [*range(16), *[-1] * 16])
     keys = unit(features["teacher"] @ kernel)
     np.testing.assert_allclose(first.state["features"][:16], keys, rtol=1e-4, atol=1e-6)

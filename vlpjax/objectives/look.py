@@ -149,12 +149,13 @@ def neighbour_losses(
     same = references.labels[places] == own.labels[:, None]
     alone = ~jnp.any(same[:, :-1] & found.found, axis=1)
     present = jnp.concatenate([found.found, (alone & found.has_classmate)[:, None]], axis=1)
-    total = jax.nn.logsumexp(logits, axis=1, b=present.astype(jnp.float32))
-    right = jax.nn.logsumexp(
-        jnp.where(found.has_classmate[:, None], logits, 0.0), axis=1,
-        b=((present & same) | ~found.has_classmate[:, None]).astype(jnp.float32),
-    )  # fmt: skip
+    # Where nothing counts, sums over everything keep values and gradients finite until they are dropped.
     counted = found.has_classmate
+    logits = jnp.where(counted[:, None], logits, 0.0)
+    total, right = (
+        jax.nn.logsumexp(logits, axis=1, b=(chosen | ~counted[:, None]).astype(jnp.float32))
+        for chosen in (present, present & same)
+    )
     losses = jnp.where(counted, total - right, 0.0)
     return losses, counted, jnp.where(alone, 0.0, jnp.exp(-losses))
 
