@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -65,23 +66,35 @@ class Bound:
         backbones = {"image": ViT(**{**TOWER, **fields})} if towers is None else towers
         heads = {head_name("masked", name): head for name, head in objective.heads().items()}
         self.towers = Towers.of({**backbones, **heads})
-        method = self._method(batch, jax.random.key(0))
+        method = self._method(objective, batch, jax.random.key(0))
+        self._loss = jax.jit(lambda params, batch, key: self._apply(objective, params, batch, key))
         made = jax.eval_shape(lambda: self.towers.init(jax.random.key(0), method=method))
-        self.params = drawn(nn.meta.unbox(made)["params"])
+        made = nn.meta.unbox(made)
+        self.params, self.statistics = drawn(made["params"]), drawn(made.get("batch_stats", {}))
+
+    def evaluate(self, function: Callable[[Context], Any], params: Any, batch: Any, key: Any = None) -> Any:
+        """``function`` of a context; masks are a function of ``key``.  One program: single operations take minutes."""
+        run = jax.jit(lambda params, batch, key: self._apply(function, params, batch, key))
+        return run(params, batch, jax.random.key(0) if key is None else key)
 
     def loss(self, params: Any, batch: Any, key: jax.Array | None = None) -> Loss:
-        """The loss of a batch; masks are a function of ``key``."""
-        key = jax.random.key(0) if key is None else key
-        loss: Loss = self.towers.apply({"params": params}, method=self._method(batch, key))
-        return loss
+        """The loss of a batch."""
+        return self._loss(params, batch, jax.random.key(0) if key is None else key)
 
-    def _method(self, batch: Any, key: jax.Array) -> Callable[[Towers], Loss]:
-        def run(towers: Towers) -> Loss:
+    def _apply(self, function: Callable[[Context], Any], params: Any, batch: Any, key: Any) -> Any:
+        variables = {"params": params, "batch_stats": self.statistics}
+        method = self._method(function, batch, key)
+        return self.towers.apply(variables, method=method, mutable=["batch_stats"])[0]
+
+    def _method(
+        self, function: Callable[[Context], Any], batch: Any, key: jax.Array
+    ) -> Callable[[Towers], Any]:
+        def run(towers: Towers) -> Any:
             context = Context(
                 towers, batch, key, jnp.int32(0), teachers={self.teacher: towers} if self.teacher else {},
                 objective="masked", state=self.objective.initial_state(),
             )  # fmt: skip
-            return self.objective(context)
+            return function(context)
 
         return run
 
@@ -102,6 +115,17 @@ class Bound:
         return np.asarray(losses)
 
 
+def outputs_of(params: Any, images: jax.Array, fields: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """What the micro tower with these fields makes of images; ``options`` of its call may be arrays."""
+    arrays = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
+    rest = {name: value for name, value in options.items() if name not in arrays}
+    tower = ViT(**{**TOWER, **fields})
+    run = jax.jit(lambda params, images, arrays: tower.apply({"params": params}, images, **arrays, **rest))
+    outputs: dict[str, Any] = run(params, images, arrays)
+    return outputs
+
+
+@functools.partial(jax.jit, static_argnames=("count", "size"))
 def textures(key: jax.Array, count: int = 64, size: int = SIZE) -> jax.Array:
     """Smooth images [B, size, size, 3]: a wave of random direction, length, phase and colour on a random ground."""
     angle, length, phase, ground, colour = jax.random.split(key, 5)
@@ -114,10 +138,10 @@ def textures(key: jax.Array, count: int = 64, size: int = SIZE) -> jax.Array:
     return jax.random.normal(ground, (count, 1, 1, 3)) + paint * wave[..., None]
 
 
-def start_of(config: Config) -> TrainState:
+def start_of(config: Config, batch: Any = None) -> TrainState:
     """A state before the first step, on the host."""
     experiment = experiment_of(config)
-    abstract = jax.eval_shape(lambda: initial_state(experiment, random_batch()))
+    abstract = jax.eval_shape(lambda: initial_state(experiment, random_batch() if batch is None else batch))
     params = drawn(abstract.params)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
     teachers = {name: {tower: params[tower] for tower in held} for name, held in abstract.teachers.items()}

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.masked_tiny import PATCH, TOWER, Bound, textures
+from tests.masked_tiny import PATCH, Bound, outputs_of, textures
 from vlpjax.errors import UserError
-from vlpjax.models.vit import ViT
 from vlpjax.objectives.masked_image import MaskedPrediction
 from vlpjax.objectives.masking import RandomPatches
 from vlpjax.objectives.targets import Features, OrientedGradients, Pixels, distance, oriented_gradients
@@ -73,8 +72,9 @@ def test_a_teachers_tokens_are_standardised_and_carry_no_gradient() -> None:
     batch = {"image": jnp.asarray(IMAGES)}
     objective = MaskedPrediction(RandomPatches(0.5), Features(width=32, teacher="ema"), patch=PATCH)
     bound = Bound(objective, batch, teacher="ema", mask_token=True)
-    tower = ViT(**TOWER, mask_token=True)
-    tokens = np.asarray(tower.apply({"params": bound.params["image"]}, IMAGES)["tokens"])
+    tokens = np.asarray(
+        outputs_of(bound.params["image"], jnp.asarray(IMAGES), {"mask_token": True})["tokens"]
+    )
     truth = (tokens - tokens.mean(-1, keepdims=True)) / np.sqrt(tokens.var(-1, keepdims=True) + 1e-6)
     mask = np.asarray(objective.mask(jax.random.split(jax.random.key(0), 3), (4, 4)))
     zeros = {**bound.params, "masked_head": jax.tree.map(jnp.zeros_like, bound.params["masked_head"])}

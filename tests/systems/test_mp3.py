@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.masked_tiny import GRID, PATCH, TOWER, Bound, N, textures
+from tests.masked_tiny import GRID, PATCH, Bound, N, outputs_of, textures
 from vlpjax.models.patches import cut, join
-from vlpjax.models.vit import ViT
 from vlpjax.objectives.masking import random_subset
 from vlpjax.objectives.predictive import PositionPrediction
 
@@ -27,8 +26,7 @@ def mp3() -> Bound:
 
 
 def tokens_of(bound: Bound, images: jax.Array, seen: jax.Array) -> jax.Array:
-    tower = ViT(**{**TOWER, **FIELDS})
-    tokens: jax.Array = tower.apply({"params": bound.params["image"]}, images, keys=seen)["tokens"]
+    tokens: jax.Array = outputs_of(bound.params["image"], images, FIELDS, keys=seen)["tokens"]
     return tokens
 
 

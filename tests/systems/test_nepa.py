@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.masked_tiny import TOWER, Bound, N, textures
-from vlpjax.models.vit import ViT
+from tests.masked_tiny import Bound, N, outputs_of, textures
 from vlpjax.objectives.predictive import NextEmbedding, next_embedding_loss
 
 IMAGES = textures(jax.random.key(0), 8)
@@ -25,7 +24,7 @@ def nepa() -> Bound:
 
 def hidden_of(bound: Bound, images: jax.Array) -> np.ndarray:
     """Outputs of the class token and of all patches: [B, 1 + N, D]."""
-    outputs = ViT(**{**TOWER, **FIELDS}).apply({"params": bound.params["image"]}, images)
+    outputs = outputs_of(bound.params["image"], images, FIELDS)
     return np.concatenate([outputs["prefix"], outputs["tokens"]], axis=1)
 
 
@@ -46,8 +45,7 @@ def test_the_next_embedding_costs_minus_one_and_the_own_more() -> None:
 
 def test_the_objective_shifts_by_one_and_leaves_the_last_output_out(nepa: Bound) -> None:
     hidden = hidden_of(nepa, IMAGES)[:, :-1].astype(np.float64)
-    tower = ViT(**{**TOWER, **FIELDS})
-    outputs = tower.apply({"params": nepa.params["image"]}, IMAGES, embedded=True)
+    outputs = outputs_of(nepa.params["image"], IMAGES, FIELDS, embedded=True)
     truth = np.asarray(outputs["patch_embeddings"], np.float64)
     cosines = (hidden * truth).sum(-1) / np.linalg.norm(hidden, axis=-1) / np.linalg.norm(truth, axis=-1)
     np.testing.assert_allclose(nepa.loss(nepa.params, {"image": IMAGES}).value, -cosines.mean(), rtol=1e-4)
@@ -66,8 +64,7 @@ def test_without_the_stop_gradient_the_embeddings_collapse() -> None:
 def test_the_next_patch_is_predicted_better_than_by_the_mean_direction(nepa: Bound) -> None:
     bound = Bound(NextEmbedding(), {"image": IMAGES}, **FIELDS)
     bound.train(lambda key: {"image": textures(key, 32)}, steps=200, rate=3e-3)
-    tower = ViT(**{**TOWER, **FIELDS})
-    embedded = tower.apply({"params": bound.params["image"]}, IMAGES, embedded=True)["patch_embeddings"]
+    embedded = outputs_of(bound.params["image"], IMAGES, FIELDS, embedded=True)["patch_embeddings"]
     directions = embedded / jnp.linalg.norm(embedded, axis=-1, keepdims=True)
     mean = jnp.broadcast_to(directions.mean(axis=(0, 1)), embedded.shape)
     by_mean = next_embedding_loss(mean, embedded).value

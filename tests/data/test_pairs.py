@@ -1,0 +1,94 @@
+"""Overlapping crops share pixels, collages say whose every pixel is, companions bring another example's field."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tiny import rows_of
+from vlpjax.data.sources import Companion
+from vlpjax.data.transforms import Collage, OverlappingCrops
+from vlpjax.errors import UserError
+
+SIDE = 48
+# Every pixel of this image is different from all others, so that a crop says where it was cut.
+UNIQUE = Image.fromarray(
+    np.stack([*np.mgrid[0:SIDE, 0:SIDE] * 5, np.zeros((SIDE, SIDE), int)], axis=-1).astype(np.uint8)
+)
+
+
+def corners(**fields: object) -> np.ndarray:
+    """Corners of first and second crops: [draws, 2, 2]."""
+    crops = OverlappingCrops(size=32, **fields)  # type: ignore[arg-type]
+    found = []
+    for seed in range(200):
+        made = crops.random_map({"image": UNIQUE, "label": 3}, np.random.default_rng(seed))
+        assert set(made) == {"view1", "view2", "label"}
+        found.append([np.asarray(made[name])[0, 0, :2] // 5 for name in ("view1", "view2")])
+    return np.array(found).astype(int)
+
+
+def test_two_crops_share_at_least_the_overlap_and_are_not_always_equal() -> None:
+    where = corners(overlap=0.6)
+    assert where.min() >= 0 and where.max() <= SIDE - 32
+    steps = where[:, 0] - where[:, 1]
+    assert np.abs(steps).max() <= 0.4 * 32 and np.abs(steps).max() > 8
+    assert len(np.unique(steps, axis=0)) > 50
+
+
+def test_what_both_show_has_equal_pixels() -> None:
+    made = OverlappingCrops(size=32).random_map({"image": UNIQUE}, np.random.default_rng(1))
+    first, second = (np.asarray(made[name]) for name in ("view1", "view2"))
+    step = (second[0, 0, :2].astype(int) - first[0, 0, :2].astype(int)) // 5
+    assert np.any(step != 0)
+    height, width = 32 - abs(step)
+    cut = [slice(max(s, 0), max(s, 0) + n) for s, n in zip(step, (height, width), strict=True)]
+    same = [slice(max(-s, 0), max(-s, 0) + n) for s, n in zip(step, (height, width), strict=True)]
+    np.testing.assert_array_equal(first[cut[0], cut[1]], second[same[0], same[1]])
+
+
+def test_steps_are_multiples_of_the_alignment_and_full_overlap_is_one_place() -> None:
+    where = corners(overlap=0.5, align=4)
+    assert np.all((where[:, 0] - where[:, 1]) % 4 == 0)
+    still = corners(overlap=1.0)
+    np.testing.assert_array_equal(still[:, 0], still[:, 1])
+
+
+def test_a_collage_maps_what_is_darker_than_paper() -> None:
+    square = np.full((8, 8, 3), 255, np.uint8)
+    square[2:6, 2:6] = (255, 0, 0)
+    paper = Image.fromarray(np.full((8, 8, 3), 255, np.uint8))
+    made = Collage(fields=("a", "b", "c"), size=24).map(
+        {"a": Image.fromarray(square), "b": paper, "c": Image.fromarray(square), "label": 1}
+    )
+    assert set(made) == {"image", "objects", "label"} and made["objects"].dtype == np.int32
+    assert made["image"].size == (24, 24)
+    expected = np.zeros((24, 24), int)
+    expected[10:14, 2:6], expected[10:14, 18:22] = 1, 3
+    np.testing.assert_array_equal(made["objects"], expected)
+    np.testing.assert_array_equal(np.any(np.asarray(made["image"]) < 255, axis=-1), expected > 0)
+
+
+def test_a_companion_is_another_example() -> None:
+    rows = rows_of(image=[10, 11, 12], name=["a", "b", "c"])
+    source = Companion(rows, offset=2)
+    assert [source[index]["companion"] for index in range(3)] == [12, 10, 11]
+    assert [source[index]["name"] for index in range(3)] == ["a", "b", "c"]
+    assert source.describe(1) == "row 1 with row 0" and len(source) == 3
+    assert source.fingerprint() != Companion(rows, offset=1).fingerprint()
+    with pytest.raises(UserError, match="pairs each of 3 records with itself"):
+        Companion(rows, offset=3)[0]
+    with pytest.raises(IndexError):
+        source[3]
+
+
+def test_mistakes_are_told() -> None:
+    with pytest.raises(UserError, match="overlap is 0"):
+        OverlappingCrops(size=32, overlap=0.0)
+    with pytest.raises(UserError, match="margin is 0.5"):
+        OverlappingCrops(size=32, margin=0.5)
+    with pytest.raises(UserError, match="align is 0"):
+        OverlappingCrops(size=32, align=0)
+    with pytest.raises(UserError, match="0 drawings"):
+        Collage(fields=(), size=4)
