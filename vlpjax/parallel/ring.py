@@ -15,7 +15,6 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from vlpjax.errors import UserError
 from vlpjax.mesh import active_layout, constrain
 
 
@@ -35,11 +34,8 @@ def against_all(
       join: the numbers with two lots of columns from those with each; associative.
       rows, columns: trees of arrays with the examples on the first dimension, B of them in both.
       shared: what all need, such as a scale.
-      pieces: columns are taken in pieces of at most ``B / pieces``.  1 takes all at once, gathered; more than 1 sends
-        them around the devices.
-
-    Raises:
-      UserError: pieces that do not divide a device's columns.
+      pieces: columns are taken in equal pieces of at most ``B / pieces`` (or one by one, if there are fewer).  1 takes
+        all at once, gathered; more than 1 sends them around the devices.
     """
     layout = active_layout()
     axes = () if layout is None else tuple(a for a in layout.rules["frames"] if layout.mesh.shape[a] > 1)
@@ -49,11 +45,7 @@ def against_all(
         return constrain(some(placed, gathered, *shared), None, "frames")
     devices = 1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in axes)
     held = jax.tree.leaves(columns)[0].shape[0] // devices  # columns per device
-    cuts = max(1, pieces // devices)
-    if held % cuts:
-        raise UserError(
-            f"{held} examples per device cannot be compared in {cuts} equal pieces; choose chunks that divide them."
-        )
+    cuts = next(n for n in range(1, held + 1) if held % n == 0 and (n * devices >= pieces or n == held))
 
     def with_held(rows: Any, columns: Any, shared: tuple[jax.Array, ...]) -> jax.Array:
         """The numbers with one device's columns, piece after piece."""
