@@ -70,14 +70,8 @@ def test_texts_travel_and_are_never_gathered() -> None:
     assert f"f32[{B // 8},{B // 8}]" not in sixteen and f"f32[{B // 8},{B // 16}]" in sixteen
 
 
-def test_chunks_that_do_not_divide_are_made_smaller(plain: Any) -> None:
-    """Of 32 examples, 5 chunks are 8 of 4; and 100 are 32 of one."""
-    for chunks in (5, 100):
-        ours = compared(Sigmoid(same="label", chunks=chunks), FEATURES, BATCH, HEADS)
-        np.testing.assert_allclose(ours[0].value, plain[0].value, rtol=1e-6)
-        assert_trees_close(ours[1:], plain[1:], rtol=1e-5, atol=1e-7)
-
-
-def test_no_chunks_are_refused() -> None:
+def test_chunks_that_do_not_divide_become_smaller(plain: Any) -> None:
+    ours = compared(Sigmoid(same="label", chunks=5), FEATURES, BATCH, HEADS)  # 8 of 4 examples
+    np.testing.assert_allclose(ours[0].value, plain[0].value, rtol=1e-6)
     with pytest.raises(UserError, match="1 or more"):
         Sigmoid(chunks=0)

@@ -10,6 +10,7 @@ Cross-entropy is linear in its target: soft targets that a teacher gives are a s
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -192,6 +193,8 @@ class InfoNCE(Contrastive):
         return features
 
     def compare(self, features: dict[str, jax.Array], context: Context) -> Loss:
+        if self.groups > 1 and context.student.is_initializing():  # on two examples, however many a batch has
+            return dataclasses.replace(self, groups=1).compare(features, context)
         batch = features["image"].shape[0]
         if batch % self.groups:
             raise UserError(f"InfoNCE.groups={self.groups} does not divide the batch of {batch}.")

@@ -34,8 +34,8 @@ def against_all(
       join: the numbers with two lots of columns from those with each; associative.
       rows, columns: trees of arrays with the examples on the first dimension, B of them in both.
       shared: what all need, such as a scale.
-      pieces: columns are taken in pieces of at most ``B / pieces``.  1 takes all at once, gathered; more than 1 sends
-        them around the devices.
+      pieces: columns are taken in equal pieces of at most ``B / pieces`` (or one by one, if there are fewer).  1 takes
+        all at once, gathered; more than 1 sends them around the devices.
     """
     layout = active_layout()
     axes = () if layout is None else tuple(a for a in layout.rules["frames"] if layout.mesh.shape[a] > 1)
@@ -45,8 +45,7 @@ def against_all(
         return constrain(some(placed, gathered, *shared), None, "frames")
     devices = 1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in axes)
     held = jax.tree.leaves(columns)[0].shape[0] // devices  # columns per device
-    # The least number of equal pieces that are small enough.
-    cuts = next(cuts for cuts in range(min(max(1, -(-pieces // devices)), held), held + 1) if held % cuts == 0)
+    cuts = next(n for n in range(1, held + 1) if held % n == 0 and (n * devices >= pieces or n == held))
 
     def with_held(rows: Any, columns: Any, shared: tuple[jax.Array, ...]) -> jax.Array:
         """The numbers with one device's columns, piece after piece."""
