@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -139,3 +140,69 @@ def test_data_that_does_not_end_in_order_is_told() -> None:
             evaluate(1, data=Pipeline(source, {}, batch_size=8, **fields))
     with pytest.raises(UserError, match="Retrieval.data is not set"):
         evaluate(1, data=None)
+
+
+# --- several captions per image -----------------------------------------------------------------------------------
+
+TABLE = RNG.normal(size=(64, E)).astype(np.float32)
+
+
+class Words(nn.Module):
+    """A tower whose features are rows of a table, by the first id."""
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> dict[str, jax.Array]:
+        return {"embedding": jnp.asarray(TABLE)[ids[:, 0]] * Scalar(1.0, name="scale")()}
+
+
+def captioned(order: np.ndarray, captions: np.ndarray, devices: int = 1) -> Result:
+    """The evaluator on ten images with three captions each, ids [10, 3, 2], in this order."""
+    source = rows_of(
+        image=[FEATURES["image"][row] for row in order],
+        text=[captions[row] for row in order],
+        name=[str(row) for row in order],
+    )
+    data = Pipeline(source, {}, batch_size=8, shuffle=False, repeat=False)
+    config = model_config()
+    config.towers = dict(image=spec(Given), text=spec(Words))
+    layout = layout_of(devices)
+    evaluator = Retrieval(data=data, same=("name",), examples=0, ks=(1, 3))
+    params = {name: {"scale": {"value": np.float32(2.0)}} for name in ("image", "text")}
+    return evaluator.make(experiment_of(config), layout)(
+        {"params": jax.device_put(params, layout.replicated)}
+    )
+
+
+CAPTIONS = np.arange(60).reshape(10, 3, 2).astype(np.int32)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_an_image_is_found_by_any_of_its_captions_and_every_caption_must_find_its_image(devices: int) -> None:
+    found = captioned(np.arange(10), CAPTIONS, devices).metrics
+    scores = unit(FEATURES["image"][:10]) @ unit(TABLE[CAPTIONS[:, :, 0].ravel()]).T  # [10, 30]
+    own = np.repeat(np.arange(10), 3)
+    for k in (1, 3):
+        best = np.argsort(-scores, axis=1)[:, :k]
+        any_caption = np.mean([(own[best[row]] == row).any() for row in range(10)])
+        assert found[f"image_to_text/recall@{k}"] == pytest.approx(any_caption)
+        best = np.argsort(-scores, axis=0)[:k]  # images per caption
+        assert found[f"text_to_image/recall@{k}"] == pytest.approx(np.mean((best == own).any(axis=0)))
+
+
+def test_the_order_of_images_and_of_their_captions_changes_nothing() -> None:
+    order = RNG.permutation(10)
+    turned = captioned(order, CAPTIONS[:, ::-1])
+    plain = captioned(np.arange(10), CAPTIONS)
+    assert turned.metrics == plain.metrics
+    assert turned.chance == pytest.approx(plain.chance)
+
+
+def test_recall_counts_images_with_any_caption_and_not_the_share_of_captions() -> None:
+    """Two captions per image, of which only the first one is near its image: any is 1.0, the share would be 0.5."""
+    scores = np.array([[3, 0, 1, 1], [1, 1, 3, 0]], np.float32)  # [images, captions]
+    rank = jax.jit(make_ranking(layout_of(1), 4))
+    one, two = np.arange(2, dtype=np.int32), np.array([0, 0, 1, 1], np.int32)
+    ranks = rank(scores, np.eye(4, dtype=np.float32), two, np.ones(4, bool), one)[0]
+    assert np.asarray(ranks).tolist() == [0, 0]
+    ranks = rank(np.eye(4, dtype=np.float32), scores, one, np.ones(2, bool), two)[0]
+    assert np.asarray(ranks).tolist() == [0, 1, 0, 1]  # image retrieval asks with every caption

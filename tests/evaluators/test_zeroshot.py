@@ -92,8 +92,35 @@ def test_accuracy_is_that_of_the_mean_of_normalised_prompts(devices: int) -> Non
     assert result.metrics == {
         "top1": pytest.approx(right[:, :1].any(1).mean()),
         "top3": pytest.approx(right[:, :3].any(1).mean()),
+        "mean_per_class_accuracy": pytest.approx(
+            np.mean([right[np.array(NAMES) == name, 0].mean() for name in classes])
+        ),
     }
-    assert result.chance == {"top1": pytest.approx(1 / len(classes)), "top3": pytest.approx(3 / len(classes))}
+    assert result.chance == {
+        "top1": pytest.approx(1 / len(classes)),
+        "top3": pytest.approx(3 / len(classes)),
+        "mean_per_class_accuracy": pytest.approx(1 / len(classes)),
+    }
+
+
+def test_a_template_that_is_there_twice_changes_nothing() -> None:
+    assert evaluate(1, templates=("{}", "x{}")) == evaluate(1, templates=("{}", "x{}") * 2)
+
+
+def test_every_prompt_counts_alike_however_long_its_feature_is() -> None:
+    """Three more letters make a longer feature; it must not outvote the other prompt."""
+    long = "{}" + "x" * 3
+    classes = sorted(set(NAMES), key=NAMES.index)
+    letters = [[TABLE[ord(name)], TABLE[ord(name)] + 3 * TABLE[ord("x")]] for name in classes]
+
+    def accuracy(classifier: list[np.ndarray]) -> float:
+        best = np.argmax(unit(IMAGES) @ np.array(classifier).T, axis=1)
+        return float(np.mean(best == [classes.index(name) for name in NAMES]))
+
+    normalised = accuracy([unit(np.mean([unit(prompt) for prompt in pair], axis=0)) for pair in letters])
+    summed = accuracy([unit(np.mean(pair, axis=0)) for pair in letters])
+    assert normalised != summed
+    assert evaluate(1, templates=("{}", long)).metrics["top1"] == pytest.approx(normalised)
 
 
 def test_classes_of_one_name_are_one_class() -> None:

@@ -59,3 +59,18 @@ def test_factors_are_those_of_the_rules() -> None:
     found = update(Optimizer(optax.identity(), 0.5, STILL, weight_decay=0.1, **rules))
     assert found["kernel"] == [0.0, 0.0]
     assert found["bias"] == pytest.approx([-0.5 * 3 * (4 + 0.1 * 2 * 4)], rel=1e-6)
+
+
+@pytest.mark.parametrize(("final", "expected"), [(None, [0.04] * 3), (0.4, [0.04, 0.22, 0.4])])
+def test_weight_decay_moves_along_half_a_cosine(final: float | None, expected: list[float]) -> None:
+    """At the first step, in the middle and at the end of the run."""
+    made = Optimizer(optax.identity(), 1.0, STILL, weight_decay=0.04, final_weight_decay=final).make(
+        PARAMS, LENGTH
+    )
+    still = jax.tree.map(jnp.zeros_like, PARAMS)
+    state, found = made.init(PARAMS), []
+    for _ in range(13):
+        updates, state = made.update(still, state, PARAMS)
+        found.append(float(updates["dense"]["kernel"][0]) / -2.0)
+        assert float(updates["dense"]["bias"][0]) == 0.0
+    assert [found[0], found[6], found[12]] == pytest.approx(expected)

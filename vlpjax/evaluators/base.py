@@ -65,7 +65,7 @@ class Encoder:
 
     Args:
       tower: its name.
-      field: of the batch, which the tower reads.
+      field: of the batch, which the tower reads.  Token ids [B, captions, L] are several texts per example.
       output: which of the tower's outputs is taken.
       normalize: whether features are brought to length one.
     """
@@ -88,6 +88,9 @@ class Encoder:
         self.layout = layout
 
         def encode(variables: Variables, batch: jax.Array) -> jax.Array:
+            several = batch.shape[:2] if batch.ndim == 3 and batch.dtype == jnp.int32 else ()
+            if several:
+                batch = batch.reshape(-1, batch.shape[-1])
             with layout.activate():
                 outputs: Any = experiment.towers.apply(
                     variables, method=lambda towers: towers.call(tower, batch)
@@ -96,7 +99,8 @@ class Encoder:
                 raise UserError(
                     f"An evaluator asks the tower {tower!r} for {output!r}; its outputs are {', '.join(outputs)}."
                 )
-            return outputs[output].astype(jnp.float32)  # [B, ..., E]
+            features = outputs[output].astype(jnp.float32)
+            return features.reshape(*several, *features.shape[1:]) if several else features  # [B, ..., E]
 
         self._encode = jax.jit(encode, out_shardings=layout.sharding("frames"))
         self._unit = jax.jit(unit)

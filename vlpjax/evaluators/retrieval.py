@@ -36,11 +36,14 @@ SHOWN = 5  # candidates that the report shows per query
 class Retrieval(Evaluator):
     """Recall at k of image -> text and text -> image.
 
+    Several captions of an image stand side by side, a field [B, captions, L]: a caption then finds its image, and an
+    image counts as found if ANY of its captions is among the k best, as on Flickr30k and MSCOCO.
+
     A query counts as found if the best-scored right candidate has fewer than k wrong ones before it.  A wrong
     candidate with an equal score stands before it, so that features that have collapsed score nothing.
 
     Attributes:
-      data: a finite pipeline of image-text pairs, one text per image.
+      data: a finite pipeline of images, each with one text or with equally many.
       image, text: names of the towers; ``image_field`` and ``text_field`` are what they read.
       same: fields of the source's examples; pairs that are equal in any of them are right for one another.
       caption: the source's field that the report shows as the text.
@@ -71,24 +74,36 @@ class Retrieval(Evaluator):
         }
         groups = equal_groups(pipeline.source, self.same)
         rank = jax.jit(make_ranking(layout, self.chunk), out_shardings=layout.replicated)
+        flat = jax.jit(
+            lambda z: z.reshape(-1, z.shape[-1])
+        )  # captions of an image become rows, one after the other
 
         def evaluate(variables: Variables) -> Result:
             z, columns = encode_all(pipeline, encoders, variables, layout)
-            rows, real = columns["index"], columns["valid"]
+            several = {name: features.shape[1] if features.ndim == 3 else 1 for name, features in z.items()}
+            z = {name: flat(features) for name, features in z.items()}
+            # Per side, the example of every row, and whether it is real.
+            rows = {name: np.repeat(columns["index"], count) for name, count in several.items()}
+            real = {name: np.repeat(columns["valid"], count) for name, count in several.items()}
             result = Result({}, {})
             for source, target in (("image", "text"), ("text", "image")):
-                ranks, best, scores = map(np.asarray, rank(z[source], z[target], groups[rows], real))
-                self._score(f"{source}_to_{target}", ranks[real], groups[rows][real], result)
-                cases = self._examples(source, target, ranks, best, scores, rows, real, groups)
+                asked, found = groups[rows[source]], groups[rows[target]]
+                ranks, best, scores = map(np.asarray, rank(z[source], z[target], found, real[target], asked))
+                counted = real[source]
+                self._score(
+                    f"{source}_to_{target}", ranks[counted], asked[counted], found[real[target]], result
+                )
+                cases = self._examples(source, target, ranks, best, scores, rows, counted, groups)
                 result.examples.extend(cases)
             return result
 
         return evaluate
 
-    def _score(self, direction: str, ranks: np.ndarray, groups: np.ndarray, result: Result) -> None:
-        count = len(groups)
-        _, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-        right = sizes[place]  # right candidates per query
+    def _score(
+        self, direction: str, ranks: np.ndarray, asked: np.ndarray, candidates: np.ndarray, result: Result
+    ) -> None:
+        count = len(candidates)
+        right = np.bincount(candidates, minlength=asked.max() + 1)[asked]  # right candidates per query
         for k in self.ks:
             name = f"{direction}/recall@{k}"
             result.metrics[name] = float(np.mean(ranks < k))
@@ -102,7 +117,7 @@ class Retrieval(Evaluator):
         ranks: np.ndarray,
         best: np.ndarray,
         scores: np.ndarray,
-        rows: np.ndarray,
+        rows: dict[str, np.ndarray],
         real: np.ndarray,
         groups: np.ndarray,
     ) -> list[dict[str, Any]]:
@@ -122,14 +137,15 @@ class Retrieval(Evaluator):
         for wanted in (True, False):
             queries = np.flatnonzero(real & ((ranks == 0) == wanted))
             for query in queries[np.linspace(0, len(queries) - 1, min(half, len(queries))).astype(int)]:
+                own = groups[rows[source][query]]
                 found = [
-                    item(rows[candidate], target)
-                    | {"score": float(score), "correct": bool(groups[rows[candidate]] == groups[rows[query]])}
+                    item(rows[target][candidate], target)
+                    | {"score": float(score), "correct": bool(groups[rows[target][candidate]] == own)}
                     for candidate, score in zip(best[query], scores[query], strict=True)
                 ]
                 case = {
                     "direction": f"{source}->{target}",
-                    "query": item(rows[query], source),
+                    "query": item(rows[source][query], source),
                     "results": found,
                 }
                 cases.append(case | {"correct": wanted})
@@ -137,16 +153,26 @@ class Retrieval(Evaluator):
 
 
 def make_ranking(layout: Layout, chunk: int) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """A function from (queries [N, E], candidates [N, E], groups [N], real [N]) to ranks [N], best [N, 5], scores."""
+    """A function from queries [Q, E] and candidates [N, E] to ranks [Q], and the best [Q, 5] with their scores.
+
+    Its further arguments are the candidates' groups and whether they are real, [N], and the queries' groups [Q], by
+    default those of the candidates.
+    """
 
     def rank(
-        queries: jax.Array, candidates: jax.Array, groups: jax.Array, real: jax.Array
+        queries: jax.Array,
+        candidates: jax.Array,
+        groups: jax.Array,
+        real: jax.Array,
+        asked: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         with layout.activate():
             candidates = constrain(candidates, "frames", None)
             padding = -queries.shape[0] % chunk
             chunks = jnp.pad(queries, ((0, padding), (0, 0))).reshape(-1, chunk, queries.shape[1])
-            query_groups = jnp.pad(groups, (0, padding), constant_values=-1).reshape(-1, chunk)
+            query_groups = jnp.pad(
+                groups if asked is None else asked, (0, padding), constant_values=-1
+            ).reshape(-1, chunk)
 
             def rank_chunk(item: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
                 query, group = item

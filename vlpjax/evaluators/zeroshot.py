@@ -14,6 +14,7 @@ import numpy as np
 from vlpjax.data.pipeline import Pipeline
 from vlpjax.data.transforms import Tokenize
 from vlpjax.errors import UserError
+from vlpjax.evaluators.accuracy import accuracies, chances
 from vlpjax.evaluators.base import (
     Encoder,
     Evaluator,
@@ -28,7 +29,7 @@ from vlpjax.mesh import Layout
 
 @dataclass(frozen=True)
 class ZeroShot(Evaluator):
-    """Accuracy of the nearest class prompt.
+    """Accuracy of the nearest class prompt, over all images and as the mean over classes.
 
     Per class the embeddings of all prompts are normalised, averaged, and normalised again (arXiv 2103.00020,
     section 3.1.4).  Classes with the same name are one class.
@@ -80,10 +81,8 @@ class ZeroShot(Evaluator):
             z, columns = encode_all(pipeline, {"image": images}, variables, layout)
             best = np.asarray(predict(z["image"], classifier))
             real = columns["valid"]
-            hit = (best == class_of[columns["index"]][:, None])[real]
-            ks = [k for k in self.ks if k <= len(names)]
-            metrics = {f"top{k}": float(np.mean(hit[:, :k].any(axis=1))) for k in ks}
-            return Result(metrics, {f"top{k}": k / len(names) for k in ks})
+            metrics = accuracies(best[real], class_of[columns["index"][real]], self.ks)
+            return Result(metrics, chances(len(names), self.ks))
 
         return evaluate
 
