@@ -172,6 +172,10 @@ def test_frozen_parameters_keep_every_bit_and_have_no_moments(start: TrainState)
     config.optimizer.rate_rules = (("image/.*", None), ("text/block_.*", None), (".*", 1.0))
     trained = take_steps(config, layout_of(1), steps=2)
     before, after = (trained.history[index].params for index in (0, 2))
+    _, grads = grads_of(model_config(), trained.history[0], random_batch())
+    free = {**grads, "image": {}, "text": {**grads["text"], "block_0": {}}}
+    np.testing.assert_allclose(trained.metrics[0]["grad_norm"], optax.global_norm(free), rtol=1e-5)
+    assert optax.global_norm(free) < 0.99 * optax.global_norm(grads)
     assert_trees_equal(after["image"], before["image"])
     assert_trees_equal(after["text"]["block_0"], before["text"]["block_0"])
     changed = [name for name, same in named_equal(after["text"], before["text"]) if not same]

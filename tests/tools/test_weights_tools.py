@@ -18,13 +18,15 @@ from tools import export_torch, import_torch
 from vlpjax import exchange
 from vlpjax.checkpoint import Checkpoints, load_params, load_variables
 from vlpjax.config import build, spec, to_json
+from vlpjax.data.tiling import Tiling
+from vlpjax.data.transforms import Decode, Normalize, Resize, Tiles
 from vlpjax.errors import UserError
 from vlpjax.experiment import build_modules
 from vlpjax.models.towers import Towers
 from vlpjax.models.vit import ViT
 from vlpjax.objectives.contrastive import InfoNCE
 from vlpjax.state import TrainState
-from vlpjax.weights import from_pretrained
+from vlpjax.weights import Preprocessing, from_pretrained
 from vlpjax.workdir import read_config
 
 
@@ -207,3 +209,19 @@ def test_what_cannot_be_imported_is_told_and_leaves_nothing(vision, tmp_path, ca
     exchange.import_folder(str(vision), str(out))
     with pytest.raises(UserError, match="is there already"):
         exchange.import_folder(str(vision), str(out))
+
+
+def test_tiles_are_written_as_the_preprocessing_that_they_are():
+    config, resolutions = run_config(), ((16, 32), (32, 16))
+    config.evaluators = {}
+    config.data.train.transforms = dict(
+        decode=spec(Decode),
+        tiles=spec(Tiles, tiling=spec(Tiling, tile=16, grid=2, resolutions=resolutions), resample="bilinear"),
+        normalize=spec(Normalize, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2)),
+    )
+    said = Preprocessing(
+        (16, 16), interpolation="bilinear", mean=(0.5, 0.4, 0.3), std=(0.2,) * 3, resolutions=resolutions
+    )
+    assert exchange.preprocessing_of(config) == said
+    config.data.train.transforms = dict(resize=spec(Resize, size=16), **config.data.train.transforms)
+    assert exchange.preprocessing_of(config) is None  # resized twice, which no such file can say
