@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import optax
-
+from experiments import _recipes
 from vlpjax.config import Config, spec
 from vlpjax.data.pipeline import Pipeline
 from vlpjax.data.sources import ImageFolder, WebDataset
@@ -20,7 +19,6 @@ from vlpjax.data.transforms import CenterCrop, Decode, Normalize, RandomResizedC
 from vlpjax.evaluators.zeroshot import ZeroShot
 from vlpjax.models.text import TextTransformer
 from vlpjax.models.vit import ViT
-from vlpjax.optim.optimizer import Optimizer, Schedule
 
 LAION = "laion400m/{00000..41407}.tar"
 PAIRS = 400_000_000
@@ -130,15 +128,9 @@ def adamw(
     *,
     b2: float = 0.98,
     eps: float = 1e-6,
-    final: float = 0.0,
-    clip_norm: float | None = None,
+    **fields: Any,
 ) -> Config:
-    """AdamW with a linear warm-up and half a cosine."""
-    return spec(
-        Optimizer,
-        direction=spec(optax.scale_by_adam, b1=0.9, b2=b2, eps=eps),
-        learning_rate=learning_rate,
-        schedule=spec(Schedule, warmup=warmup, final=final),
-        weight_decay=weight_decay,
-        clip_norm=clip_norm,
+    """AdamW as CLIP takes it."""
+    return _recipes.adamw(
+        learning_rate, warmup=warmup, weight_decay=weight_decay, betas=(0.9, b2), eps=eps, **fields
     )

@@ -7,37 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import optax
-
 from experiments import _bundled
-from experiments.self_supervised._views import IMAGENET
+from experiments._recipes import IMAGENET_EXAMPLES, adamw, imagenet, imagenet_labelled, start
 from vlpjax.config import Config, spec
-from vlpjax.data.pipeline import Pipeline
-from vlpjax.data.sources import TFDS
-from vlpjax.data.transforms import CenterCrop, Decode, Normalize, Resize
-from vlpjax.errors import UserError
 from vlpjax.evaluators.knn import KNN
-from vlpjax.experiment import base_config
 from vlpjax.models.resnet import ResNet
 from vlpjax.models.vit import ViT
 from vlpjax.models.vit_variants import variant
 from vlpjax.optim.lars import lars
 from vlpjax.optim.optimizer import Optimizer, Schedule
 
-SIZES = ("small", "paper")
+__all__ = ["adamw", "start"]  # which its experiments take from here too
 SIZE, LOCAL_SIZE = 32, 16  # of the small runs' crops, in pixels
-IMAGENET_IMAGES = 1_281_167
 SCALE, LOCAL_SCALE = (0.3, 1.0), (0.1, 0.4)  # of the small runs' crops: drawings fill their frame
 NORMALIZE = _bundled.normalize()
-
-
-def start(title: str, size: str) -> Config:
-    """A config with a name; an unknown size is an error."""
-    if size not in SIZES:
-        raise UserError(f"{title} has no size {size!r}; there are {', '.join(SIZES)}.")
-    config = base_config()
-    config.name = f"{title}, {size}"
-    return config
 
 
 # --- small ------------------------------------------------------------------------------------------------------
@@ -74,43 +57,20 @@ def paper(
     config.towers = dict(image=tower)
     config.objectives = dict(loss=dict(weight=1.0, loss=loss))
     config.data.train = imagenet(dict(views=views), tuple(views.views), batch_size)
-    config.data.examples = IMAGENET_IMAGES
+    config.data.examples = IMAGENET_EXAMPLES
     config.data.example = {
         name: f"float32[{chain['crop'].size},{chain['crop'].size},3]" for name, chain in views.views.items()
     }
     config.evaluators = dict(
-        knn=spec(KNN, train=evaluated("train"), test=evaluated("validation"), ks=(10, 20), every="10%")
+        knn=spec(
+            KNN,
+            train=imagenet_labelled("train"),
+            test=imagenet_labelled("validation"),
+            ks=(10, 20),
+            every="10%",
+        )
     )
     return config
-
-
-def imagenet(transforms: dict[str, Config], keep: tuple[str, ...], batch_size: int) -> Config:
-    """Training images of ImageNet-1K, as TFDS prepares them."""
-    return spec(
-        Pipeline,
-        source=spec(TFDS, name="imagenet2012", data_dir="~/data", split="train"),
-        transforms=dict(decode=spec(Decode), **transforms),
-        batch_size=batch_size,
-        keep=keep,
-    )
-
-
-def evaluated(split: str, size: int = 224) -> Config:
-    """Labelled images of ImageNet-1K, the middle of each, once and in order."""
-    return spec(
-        Pipeline,
-        source=spec(TFDS, name="imagenet2012", data_dir="~/data", split=split),
-        transforms=dict(
-            decode=spec(Decode),
-            resize=spec(Resize, size=round(size * 256 / 224), mode="shorter"),
-            crop=spec(CenterCrop, size=size),
-            normalize=spec(Normalize, **IMAGENET),
-        ),
-        batch_size=1024,
-        shuffle=False,
-        repeat=False,
-        keep=("image", "label"),
-    )
 
 
 def vit(name: str, **fields: Any) -> Config:
@@ -123,26 +83,6 @@ def vit(name: str, **fields: Any) -> Config:
 def resnet50() -> Config:
     """The tower of the first systems."""
     return spec(ResNet)
-
-
-def adamw(
-    rate: float,
-    *,
-    warmup: str,
-    weight_decay: float = 0.05,
-    betas: tuple[float, float] = (0.9, 0.999),
-    final: float = 0.0,
-    **fields: Any,
-) -> Config:
-    """AdamW with a linear warm-up and half a cosine; only matrices decay."""
-    return spec(
-        Optimizer,
-        direction=spec(optax.scale_by_adam, b1=betas[0], b2=betas[1]),
-        learning_rate=rate,
-        schedule=spec(Schedule, warmup=warmup, final=final),
-        weight_decay=weight_decay,
-        **fields,
-    )
 
 
 def lars_optimizer(

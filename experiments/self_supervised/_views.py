@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from experiments._recipes import IMAGENET
 from vlpjax.config import Config, spec
 from vlpjax.data.transforms import (
     ColorJitter,
@@ -21,7 +22,6 @@ from vlpjax.data.transforms import (
 )
 
 Scale = tuple[float, float]
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 # Brightness, contrast, saturation and hue.
 STRONG = (0.8, 0.8, 0.8, 0.2)  # SimCLR (arXiv 2002.05709, appendix A) and SwAV

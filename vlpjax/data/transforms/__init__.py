@@ -1,6 +1,7 @@
 """Transforms of single examples: flat dicts in, flat dicts out.
 
-See the modules of this folder: `appearance`, `collages`, `fields`, `images`, `order`, `pairs`, `text_augment`, `texts`, `tiles`, `views`.
+See the modules of this folder: `appearance`, `collages`, `fields`, `images`, `order`, `pairs`, `text_augment`, `texts`,
+`tiles` and `views`.
 """
 
 from vlpjax.data.transforms.appearance import (
