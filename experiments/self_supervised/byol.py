@@ -2,7 +2,7 @@
 
 python -m vlpjax.main --config=experiments/self_supervised/byol.py --workdir=runs/byol
 
-Needs nothing for ``byol.py:small`` (the default), which takes about two minutes of one CPU core.  ``byol.py:paper`` is
+Needs nothing for ``byol.py:small`` (the default), which takes a few minutes of one CPU core.  ``byol.py:paper`` is
 the published ResNet-50 on ImageNet-1K, for a pod.
 """
 

@@ -2,7 +2,7 @@
 
 python -m vlpjax.main --config=experiments/self_supervised/look.py --workdir=runs/look
 
-Needs nothing for ``look.py:small`` (the default), which takes about two minutes of one CPU core: the classes that it is
+Needs nothing for ``look.py:small`` (the default), which takes a few minutes of one CPU core: the classes that it is
 told are five arbitrary ones of 319 concepts each, and the concepts are what is asked for.  ``look.py:paper`` is
 a ResNet-50 on ImageNet-1K; k, temperature, queue and schedule are not public and are chosen here.
 """

@@ -2,7 +2,7 @@
 
 python -m vlpjax.main --config=experiments/self_supervised/moco_v3.py --workdir=runs/moco_v3
 
-Needs nothing for ``moco_v3.py:small`` (the default), which takes about three minutes of one CPU core.
+Needs nothing for ``moco_v3.py:small`` (the default), which takes a few minutes of one CPU core.
 ``moco_v3.py:paper`` is the published ViT-B/16 on ImageNet-1K, for a pod.  In both the patch projection stays as it was
 initialised.
 """

@@ -2,7 +2,7 @@
 
 python -m vlpjax.main --config=experiments/self_supervised/poa.py --workdir=runs/poa
 
-Needs nothing for ``poa.py:small`` (the default), which takes about five minutes of one CPU core.  ``poa.py:paper`` is
+Needs nothing for ``poa.py:small`` (the default), which takes a few minutes of one CPU core.  ``poa.py:paper`` is
 the published ViT-L/16 with its 143 sizes on ImageNet-1K.  Sub-networks are cut out of the teacher's parameters by
 :func:`vlpjax.models.elastic.extract`.
 """

@@ -2,7 +2,7 @@
 
 python -m vlpjax.main --config=experiments/self_supervised/simclr.py --workdir=runs/simclr
 
-Needs nothing for ``simclr.py:small`` (the default), which takes about two minutes of one CPU core.  ``simclr.py:paper``
+Needs nothing for ``simclr.py:small`` (the default), which takes a few minutes of one CPU core.  ``simclr.py:paper``
 is the published ResNet-50 on ImageNet-1K, for a pod.
 """
 

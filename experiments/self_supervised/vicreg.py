@@ -2,7 +2,7 @@
 
 python -m vlpjax.main --config=experiments/self_supervised/vicreg.py --workdir=runs/vicreg
 
-Needs nothing for ``vicreg.py:small`` (the default), which takes about two minutes of one CPU core.  ``vicreg.py:paper``
+Needs nothing for ``vicreg.py:small`` (the default), which takes a few minutes of one CPU core.  ``vicreg.py:paper``
 is the published ResNet-50 on ImageNet-1K, for a pod.
 """
 

@@ -47,7 +47,7 @@ def test_half_of_the_crops_lose_between_a_tenth_and_a_half_in_blocks() -> None:
     assert len(set(hidden)) > 5
     grids = masks.reshape(-1, 8, 8)
     inside = (grids[:, 1:] & grids[:, :-1]).sum() + (grids[:, :, 1:] & grids[:, :, :-1]).sum()
-    assert inside > 1.2 * hidden.sum()  # scattered patches would touch far less often
+    assert inside > 0.9 * hidden.sum()  # scattered patches would touch far less often
     every = masks_of(IBOT(mask_probability=1.0, mask_ratio=(0.75, 0.75), mask_shape="random"))
     assert set(every.sum(axis=-1).ravel()) == {48}
 
