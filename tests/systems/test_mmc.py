@@ -12,6 +12,7 @@ import pytest
 from tests.masked_tiny import PATCH, Bound, start_of, step_config, textures
 from tests.tiny import assert_trees_close, experiment_of, layout_of, random_batch
 from vlpjax.config import spec
+from vlpjax.errors import UserError
 from vlpjax.models.patches import cut
 from vlpjax.objectives.masked_contrast import MaskedMomentumContrast, symmetric_contrast
 from vlpjax.objectives.masking import PixelGroups
@@ -70,6 +71,11 @@ def test_the_centre_follows_the_teachers_mean(mmc: Bound) -> None:
     loss = mmc.loss(mmc.params, VIEWS)
     assert loss.state["centre"].shape == (12,) and np.any(loss.state["centre"] != 0)
     assert 0.0 < loss.metrics["prototype_entropy"] <= 1.0 + 1e-6
+
+
+def test_a_tower_without_a_class_token_is_refused() -> None:
+    with pytest.raises(UserError, match="set class_tokens=1"):
+        Bound(objective(), VIEWS, teacher="ema")
 
 
 def test_one_and_eight_devices_and_micro_batches_agree() -> None:

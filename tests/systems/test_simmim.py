@@ -105,12 +105,12 @@ def test_the_discrete_vae_gives_one_id_per_eight_pixels() -> None:
 def test_micro_batches_with_unequal_counts_have_the_gradient_of_the_whole_batch() -> None:
     objective = spec(
         MaskedPrediction,
-        mask=spec(BlockWise, ratio=0.5, smallest=3),
+        mask=spec(BlockWise, ratio=0.4, smallest=12),
         target=spec(Pixels, standardize=False, distance="l1"),
-        patch=PATCH,
+        patch=2,
     )
     config = step_config(objective)
-    config.towers.image.mask_token = True
+    config.towers.image.mask_token, config.towers.image.patch = True, 2
     start = start_of(config)
 
     def grads(accumulate: int, devices: int = 1) -> Any:
@@ -124,8 +124,7 @@ def test_micro_batches_with_unequal_counts_have_the_gradient_of_the_whole_batch(
         return jax.jit(run)(start, jax.device_put(random_batch(), layout.sharding("batch")))
 
     whole, _, expected = grads(1)
-    count = float(whole["masked"].metrics["masked"])
-    assert count != round(count), "the images should not all hide equally much"
+    assert whole["masked"].metrics["masked"] < int(0.4 * 64), "the images should not all hide equally much"
     for accumulate, devices in ((4, 1), (1, 8)):
         parts, _, found = grads(accumulate, devices)
         np.testing.assert_allclose(parts["masked"].value, whole["masked"].value, rtol=1e-5)

@@ -11,6 +11,7 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from vlpjax.errors import UserError
 from vlpjax.mesh import constrain
 from vlpjax.models.heads import MLPHead
 from vlpjax.models.patches import cut
@@ -94,6 +95,11 @@ class MaskedMomentumContrast(BatchCoupled):
 
         corrupted, mask = join([item.images for item in drawn]), join([item.mask for item in drawn])
         seen = context.student.call(self.tower, corrupted, train=context.train)
+        if "prefix" not in seen:
+            raise UserError(
+                f"MaskedMomentumContrast tells images apart by class tokens, but {self.tower!r} has none; set "
+                "class_tokens=1."
+            )
         taught = context.encode_views(self.tower, self.views, teacher=self.teacher)
         rebuilt = context.head("pixels", seen["tokens"]).astype(jnp.float32)  # [B V, N, p p C]
         size = (self.patch, self.patch)
