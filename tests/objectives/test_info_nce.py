@@ -72,6 +72,14 @@ def without_some(image: Any, text: Any) -> float:
     return plain(image[VALID], text[VALID])
 
 
+def without_some_of_a_class(image: Any, text: Any) -> float:
+    image, text, labels = image[VALID], text[VALID], LABELS[VALID]
+    same = labels[:, None] == labels
+    target, logits = same / same.sum(axis=1, keepdims=True), SCALE * image @ text.T
+    rows = [cross_entropy(x[row], target[row]) for x in (logits, logits.T) for row in range(len(image))]
+    return float(np.mean(rows))
+
+
 def with_mixing(image: Any, text: Any) -> float:
     same = LABELS[:, None] == LABELS
     once = same / same.sum(axis=1, keepdims=True)
@@ -102,6 +110,7 @@ CASES: dict[str, tuple[InfoNCE, Callable[..., float], dict[str, Any]]] = {
         {"negatives": NEGATIVES},
     ),
     "valid": (InfoNCE(valid="valid_pair"), without_some, {}),
+    "valid_same": (InfoNCE(valid="valid_pair", same="label"), without_some_of_a_class, {}),
     "mixed": (InfoNCE(mixed="share", same="label"), with_mixing, {}),
     "groups": (InfoNCE(groups=4), lambda image, text: grouped(image, text, 4), {}),
 }

@@ -208,9 +208,9 @@ class InfoNCE(Contrastive):
         positive = self._on_rows(labels)[..., :, None] == self._gathered(labels)[..., None, :]
         valid = None if self.valid is None else self._blocks(context.read(self.valid).astype(bool))
 
-        target = positive / jnp.sum(
-            positive, axis=-1, keepdims=True
-        )  # symmetric only if classes are equally large
+        if valid is not None:
+            positive &= self._gathered(valid)[..., None, :]
+        target = positive / jnp.maximum(jnp.sum(positive, axis=-1, keepdims=True), 1)
         image_target, text_target = target, target
         if self.mixed is not None:
             image_target, text_target = mixed_targets(positive, context.read(self.mixed))
