@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from vlpjax.config import spec
 from vlpjax.errors import UserError
 from vlpjax.evaluators.base import Evaluator, Result
 from vlpjax.evaluators.pictures import AttentionMaps, Reconstruction, looked_at, overlaid
+from vlpjax.experiment import Experiment
 from vlpjax.models.heads import Scalar
 from vlpjax.objectives.base import Context, Loss, Objective
 from vlpjax.observe.report import Evaluation, _example_grids
@@ -48,11 +50,18 @@ class Halving(Objective):
         }
 
 
-def evaluate(evaluator: Evaluator, devices: int = 1) -> Result:
+@functools.cache
+def parts() -> tuple[Experiment, Any]:
+    """A tiny experiment with that objective, and its parameters."""
     config = model_config()
     config.objectives.half = dict(weight=1.0, loss=spec(Halving))
-    experiment, layout = experiment_of(config), layout_of(devices)
-    variables = nn.meta.unbox(jax.jit(experiment.initial_variables)(random_batch()))
+    experiment = experiment_of(config)
+    return experiment, nn.meta.unbox(jax.jit(experiment.initial_variables)(random_batch()))
+
+
+def evaluate(evaluator: Evaluator, devices: int = 1) -> Result:
+    experiment, variables = parts()
+    layout = layout_of(devices)
     return evaluator.make(experiment, layout)(jax.device_put(variables, layout.replicated))
 
 
@@ -73,7 +82,9 @@ def test_a_reconstruction_stands_beside_its_image() -> None:
 
 def test_the_report_shows_every_picture_with_its_name() -> None:
     result = evaluate(Reconstruction(data=dataset(image=IMAGES), objective="half", examples=2))
-    shown = "".join(map(str, _example_grids(Evaluation("Half", 1, result.metrics, examples=result.examples))))
+    shown = "".join(
+        map(str, _example_grids(Evaluation("half", "Half", 1, result.metrics, examples=result.examples)))
+    )
     assert shown.count("<img") == 6
     assert shown.count("reconstructed") >= 2
 
@@ -103,7 +114,7 @@ def test_the_attention_of_a_vit_is_shown(devices: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("evaluator", "parts"),
+    ("evaluator", "words"),
     [
         (Reconstruction(), ["Reconstruction.data is not set"]),
         (Reconstruction(data=dataset(image=IMAGES), objective="hlaf"), ["'hlaf'", "'half'"]),
@@ -113,7 +124,7 @@ def test_the_attention_of_a_vit_is_shown(devices: int) -> None:
     ],
     ids=range(5),
 )
-def test_what_does_not_work_is_told(evaluator: Any, parts: list[str]) -> None:
+def test_what_does_not_work_is_told(evaluator: Any, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         evaluate(evaluator)
-    assert all(part in str(caught.value) for part in parts), caught.value
+    assert all(part in str(caught.value) for part in words), caught.value

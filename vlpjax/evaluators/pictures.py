@@ -29,6 +29,7 @@ from vlpjax.experiment import Experiment
 from vlpjax.mesh import Layout
 from vlpjax.objectives.base import Context, fold_name
 
+KINDS = ("original", "masked", "reconstructed")  # in the order in which they are shown
 Images = Float[Array, "batch height width channels"]
 
 
@@ -37,12 +38,12 @@ class Reconstructs(Protocol):
     """An objective that can show what it predicts."""
 
     def reconstruct(self, context: Context) -> Mapping[str, Images]:
-        """Images by what they are, in the order in which they are shown ("original", "masked", "reconstructed")."""
+        """Images by the names in :data:`KINDS`, all in the values that the tower reads."""
 
 
 @dataclass(frozen=True)
 class Reconstruction(Evaluator):
-    """Shows images beside what an objective makes of them; of what is called "reconstructed", also the error.
+    """Shows images beside what an objective sees and makes of them; ``error`` is the mean squared one of all pixels.
 
     Attributes:
       data: a finite pipeline with the fields that the objective reads.
@@ -84,11 +85,10 @@ class Reconstruction(Evaluator):
         def evaluate(variables: Variables) -> Result:
             batch = next(iter(finite_batches(data, layout)))
             valid = to_host(batch.pop("valid"), layout)
-            images = {kind: to_host(x, layout)[valid] for kind, x in reconstruct(variables, batch).items()}
-            metrics = {}
-            if "original" in images and "reconstructed" in images:
-                metrics["error"] = float(np.mean(np.square(images["original"] - images["reconstructed"])))
-            return Result(metrics, examples=rows_of_pictures(images, self.examples))
+            made = reconstruct(variables, batch)
+            images = {kind: to_host(made[kind], layout)[valid] for kind in KINDS}
+            error = np.mean(np.square(images["original"] - images["reconstructed"]))
+            return Result({"error": float(error)}, examples=rows_of_pictures(images, self.examples))
 
         return evaluate
 
