@@ -147,7 +147,7 @@ def render(run: Run) -> str:
     sections = [
         ("curves", "Curves", _curves(run)),
         ("scores", "Scores", join(_score_table(one) for one in run.evaluations)),
-        ("examples", "Retrieval examples", join(_example_grids(one) for one in run.evaluations)),
+        ("examples", "Examples", join(_example_grids(one) for one in run.evaluations)),
         ("configuration", "Configuration", _configuration(run.config)),
         ("machine", "Machine and command", _machine(run.environment)),
         ("reading", "How to read this", _legend(run)),
@@ -372,10 +372,13 @@ def _times_chance(name: str, value: float, chance: float) -> str:
     return f"{times:,.0f}×" if times >= 10 else f"{times:.1f}×"
 
 
-# --- retrieval examples
+# --- examples: what was retrieved, and rows of pictures
 
 
 def _example_grids(evaluation: Evaluation) -> list[Markup]:
+    rows = [example["pictures"] for example in evaluation.examples if "pictures" in example]
+    if rows:
+        return [tag("h3", evaluation.title), tag("ul", map(_pictures, rows), class_="examples")]
     directions: dict[str, list[Mapping[str, Any]]] = {}
     for example in evaluation.examples:
         directions.setdefault(str(example.get("direction", "")), []).append(example)
@@ -392,6 +395,11 @@ def _example_grids(evaluation: Evaluation) -> list[Markup]:
             shown.append(tag("details", summary, rest, class_="more"))
         columns.append(tag("div", shown))
     return [tag("h3", evaluation.title), tag("div", columns, class_="directions")]
+
+
+def _pictures(pictures: Sequence[Mapping[str, Any]]) -> Markup:
+    items = (tag("li", _item(one, "result")) for one in pictures)
+    return tag("li", tag("ol", items, class_="results pictures"), class_="example")
 
 
 def _example(example: Mapping[str, Any]) -> Markup:
