@@ -10,7 +10,7 @@ retrieval and nearest neighbours among drawings of a vendor that is never traine
 
 from __future__ import annotations
 
-from experiments._bundled import VOCABULARY, knn, normalize, retrieval, tokenize, train
+from experiments._bundled import VOCABULARY, normalize, tokenize, train
 from experiments.contrastive import clip
 from experiments.self_supervised._views import chain, numbered
 from vlpjax.config import Config, spec
@@ -71,5 +71,4 @@ def get_config() -> Config:
         keep=("image", "text", "label", *GLOBAL, *LOCAL),
         batch_size=128,
     )
-    config.evaluators = dict(style=retrieval(SIZE, LENGTH), knn=knn(SIZE))
     return config

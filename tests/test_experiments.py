@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import pytest
 
+from tools.compare import read_proof
 from tools.fetch_weights import fetch
 from vlpjax.config import Config, apply_overrides, leaves, load
 from vlpjax.data.feed import feed
@@ -153,6 +154,22 @@ def test_the_file_opens_with_its_command(path):
     assert any(command in line for line in lines[:5]), (
         f"open its docstring with: python -m vlpjax.main {command}"
     )
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if "\nPROOF = " in path.read_text(encoding="utf-8")],
+    ids=lambda path: path.stem,
+)
+def test_what_a_proof_compares_is_there(path):
+    proof = read_proof(path)
+    for side, settings in ((str(path.relative_to(ROOT)), "set_a"), (proof["against"], "set_b")):
+        changes = [
+            setting.partition("=")[::2] for setting in (*proof.get("settings", ()), *proof.get(settings, ()))
+        ]
+        config = apply_overrides(config_of(side), changes)
+        evaluators = [metric.partition("/")[0] for metric in proof["metrics"]]
+        assert set(evaluators) <= set(config.evaluators), f"{side} has no {evaluators}"
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import optax
 
-from experiments._bundled import VOCABULARY, normalize, retrieval, tokenize, train
+from experiments._bundled import VOCABULARY, knn, normalize, retrieval, tokenize, train
 from experiments.contrastive import _web
 from vlpjax.config import Config, spec
 from vlpjax.data.transforms import (
@@ -66,7 +66,7 @@ def small() -> Config:
         weight_decay=0.2,
         clip_norm=1.0,
     )
-    config.evaluators = dict(style=retrieval(SIZE, LENGTH))
+    config.evaluators = dict(style=retrieval(SIZE, LENGTH), knn=knn(SIZE))
     return config
 
 

@@ -40,7 +40,11 @@ SYSTEM = dict(
     measured="not measured yet",
 )
 # Early on: given many steps, plain CLIP learns the order of so few words too.
-PROOF = dict(against="experiments/contrastive/negclip.py:plain", metric="relation/macro_accuracy", steps=300)
+PROOF = dict(
+    against="experiments/contrastive/negclip.py:plain",
+    metrics=("relation/macro_accuracy",),
+    settings=("duration=300 steps",),
+)
 SIZE, LENGTH = 32, 24
 ORDERS = ("nouns_adjectives", "all_but_nouns_adjectives", "within_trigrams", "trigrams")
 

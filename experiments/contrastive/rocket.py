@@ -31,7 +31,9 @@ SYSTEM = dict(
     measured="not measured yet",
 )
 PROOF = dict(
-    against="experiments/contrastive/clip.py:small", metric="style/image_to_text/recall@1", steps=400
+    against="experiments/contrastive/clip.py:small",
+    metrics=("style/image_to_text/recall@1", "style/text_to_image/recall@1"),
+    settings=("duration=400 steps",),
 )
 IMAGES, TEXTS = ("image", "image1", "image2"), ("text", "text1", "text2")
 

@@ -36,8 +36,11 @@ SYSTEM = dict(
     published="ViT-B/16 on YFCC15M, 25 epochs: 42.8 % zero-shot, 72.1 % linear ImageNet",
     measured="not measured yet",
 )
-# Its settings, against those of CLIP on the same data: the image tower's linear probe.
-PROOF = dict(against="experiments/contrastive/clip.py:small", metric="linear probe accuracy", steps=400)
+PROOF = dict(
+    against="experiments/contrastive/clip.py:small",
+    metrics=("knn/k5/top1", "style/image_to_text/recall@1", "style/text_to_image/recall@1"),
+    settings=("duration=400 steps",),
+)
 VIEWS = ("view1", "view2")
 PAPER_BATCH, PAPER_RATE = 4096, 3e-3
 

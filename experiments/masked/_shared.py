@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments import _bundled, _recipes
-from experiments._recipes import IMAGENET, IMAGENET_EXAMPLES, start
+from experiments._recipes import IMAGENET, IMAGENET_EXAMPLES, imagenet_labelled, start
 from vlpjax.config import Config, spec
 from vlpjax.data.transforms import Normalize, RandomFlip, RandomResizedCrop
+from vlpjax.evaluators.knn import KNN
 from vlpjax.models.vit import ViT
 
 __all__ = ["IMAGENET", "IMAGENET_EXAMPLES", "start"]  # which its experiments take from here too
@@ -45,9 +46,11 @@ def drawings(
     return _bundled.train(dict(**steps, normalize=_bundled.normalize()), keep, batch_size)
 
 
-def small_optimizer(rate: float = 1e-3) -> Config:
-    """AdamW with a short warm-up."""
-    return adamw(rate, warmup="10%")
+def small(config: Config) -> None:
+    """What the small runs have in common: length, optimizer, and nearest neighbours as their evaluation."""
+    config.duration = "600 steps"
+    config.optimizer = adamw(1e-3, warmup="10%")
+    config.evaluators = dict(knn=_bundled.knn(SIZE))
 
 
 def adamw(rate: float, *, warmup: str, **fields: Any) -> Config:
@@ -71,3 +74,12 @@ def imagenet(
     )
     config.data.example = dict(image=f"float32[{size},{size},3]")
     config.data.examples = IMAGENET_EXAMPLES
+    config.evaluators = dict(
+        knn=spec(
+            KNN,
+            train=imagenet_labelled("train"),
+            test=imagenet_labelled("validation"),
+            ks=(10, 20),
+            every="10%",
+        )
+    )

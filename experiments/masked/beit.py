@@ -33,7 +33,6 @@ FROZEN = ((r"tokenizer/.*", None), (r".*", 1.0))
 def get_config(size: str = "small") -> Config:
     config = _shared.start("BEiT", size)
     if size == "small":
-        config.duration = "600 steps"
         vocabulary, patch, field = 256, _shared.PATCH, "image"
         config.towers = dict(
             image=_shared.small_tower(mask_token=True),
@@ -41,7 +40,7 @@ def get_config(size: str = "small") -> Config:
         )
         mask = spec(BlockWise, ratio=0.4, smallest=4)
         config.data.train = _shared.drawings()
-        config.optimizer = _shared.small_optimizer()
+        _shared.small(config)
     else:
         config.duration = "800 epochs"
         vocabulary, patch, field = 8192, 16, "tokenizer_image"

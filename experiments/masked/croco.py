@@ -38,14 +38,13 @@ VIEWS = ("view1", "view2")
 def get_config(size: str = "small") -> Config:
     config = _shared.start("CroCo", size)
     if size == "small":
-        config.duration = "600 steps"
         config.towers = dict(image=_shared.small_tower(class_tokens=0))
         decoder = dict(patch=_shared.PATCH, decoder_width=64, decoder_depth=2, decoder_heads=4)
         crops = spec(OverlappingCrops, size=_shared.SIZE, overlap=0.6, names=VIEWS)
         config.data.train = _bundled.train(
             dict(crops=crops, **_normalized(_bundled.normalize)), keep=VIEWS, batch_size=128
         )
-        config.optimizer = _shared.small_optimizer()
+        _shared.small(config)
     else:
         config.duration = "800 epochs"
         config.towers = dict(

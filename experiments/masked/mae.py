@@ -8,8 +8,10 @@ python -m vlpjax.main --config=experiments/masked/mae.py --workdir=runs/mae
 
 from __future__ import annotations
 
+from experiments import _bundled
 from experiments.masked import _shared
 from vlpjax.config import Config, spec
+from vlpjax.evaluators.pictures import Reconstruction
 from vlpjax.models.vit import ViT
 from vlpjax.models.vit_variants import variant
 from vlpjax.objectives.masked_image import MaskedAutoencoding
@@ -29,11 +31,16 @@ SYSTEM = dict(
 def get_config(size: str = "small") -> Config:
     config = _shared.start("MAE", size)
     if size == "small":
-        config.duration = "600 steps"
         config.towers = dict(image=_shared.small_tower())
         decoder = dict(patch=_shared.PATCH, decoder_width=64, decoder_depth=2, decoder_heads=4)
         config.data.train = _shared.drawings()
-        config.optimizer = _shared.small_optimizer()
+        _shared.small(config)
+        config.evaluators.pictures = spec(
+            Reconstruction,
+            objective="mae",
+            data=_bundled.images(_bundled.UNSEEN, _shared.SIZE),
+            title="reconstructions",
+        )
     else:
         config.duration = "1600 epochs"
         config.towers = dict(image=_tower())

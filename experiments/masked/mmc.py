@@ -45,7 +45,7 @@ SYSTEM = dict(
 )
 # Against the same tower before training: prompted segmentation and the overlap of similarities.
 PROOF = dict(
-    against="experiments/masked/mmc.py:small with --config.duration='1 step'", metric="segmentation/iou"
+    against="experiments/masked/mmc.py:small", metrics=("segmentation/iou",), set_b=("duration=1 step",)
 )
 VIEWS = ("view1", "view2")
 
@@ -65,7 +65,7 @@ def get_config(size: str = "small") -> Config:
         config.data.train = _collages(
             _bundled.SEEN, _views(_shared.SIZE, (0.5, 1.0), _bundled.normalize()), VIEWS
         )
-        config.optimizer = _shared.small_optimizer()
+        _shared.small(config)
         test = _collages(
             _bundled.UNSEEN, dict(normalize=_bundled.normalize()), ("image", "objects"), once=True
         )

@@ -30,11 +30,10 @@ TOWER: dict[str, Any] = dict(patch_bias=True, class_tokens=0, positions="none", 
 def get_config(size: str = "small") -> Config:
     config = _shared.start("MP3", size)
     if size == "small":
-        config.duration = "600 steps"
         config.towers = dict(image=_shared.small_tower(**TOWER))
         place = dict(patch=_shared.PATCH, grid=(8, 8), ratio=0.5)
         config.data.train = _shared.drawings()
-        config.optimizer = _shared.small_optimizer()
+        _shared.small(config)
     else:
         config.duration = "100 epochs"
         config.towers = dict(image=spec(ViT, **variant("B/16"), **TOWER))

@@ -46,19 +46,19 @@ TOWER: dict[str, Any] = dict(
 def get_config(size: str = "small") -> Config:
     config = _shared.start("NEPA", size)
     if size == "small":
-        config.duration = "600 steps"
         # A layer scale of 1e-5 is made for hundreds of thousands of steps.
         config.towers = dict(image=_shared.small_tower(**(TOWER | dict(layer_scale=0.1))))
         config.data.train = _shared.drawings()
-        config.optimizer = _shared.small_optimizer()
+        _shared.small(config)
     else:
         config.duration = "1600 epochs"
         # A gated MLP of two thirds of the width has as many parameters as a plain one.
         config.towers = dict(
             image=spec(ViT, **variant("B/14"), **TOWER, mlp_dim=2048, activation="silu", gated=True)
         )
-        config.teachers = dict(average=spec(EMA, decay=0.9999))  # for evaluation
+        config.teachers = dict(average=spec(EMA, decay=0.9999))  # evaluated in place of the student
         _shared.imagenet(config, batch_size=4096, scale=(0.2, 1.0))
+        config.evaluators.knn.params = "average"
         config.optimizer = _shared.adamw(3e-4 * 4096 / 256, warmup="2.5%")
     config.objectives = dict(nepa=dict(weight=1.0, loss=spec(NextEmbedding)))
     return config

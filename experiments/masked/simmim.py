@@ -31,11 +31,10 @@ def get_config(size: str = "small") -> Config:
     config = _shared.start("SimMIM", size)
     target = spec(Pixels, standardize=False, distance="l1")
     if size == "small":
-        config.duration = "600 steps"
         config.towers = dict(image=_shared.small_tower(class_tokens=0, mask_token=True))
         patch = _shared.PATCH
         config.data.train = _shared.drawings()
-        config.optimizer = _shared.small_optimizer()
+        _shared.small(config)
     else:
         config.duration = "800 epochs"
         config.towers = dict(image=tower(drop_path=0.1))

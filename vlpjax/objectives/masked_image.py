@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Bool, Float
 
 from vlpjax.errors import UserError
 from vlpjax.models.mae import MAEDecoder, PatchPrediction
+from vlpjax.models.patches import cut, join
 from vlpjax.objectives.base import BatchCoupled, Context, Loss, Objective
-from vlpjax.objectives.masking import BlockWise, RandomCells, RandomPatches
+from vlpjax.objectives.masking import BlockWise, RandomCells, RandomPatches, Split
 from vlpjax.objectives.targets import Target, loss_of_sums, masked_mean, sums_per_example
 
 
@@ -32,6 +34,33 @@ def patch_grid(images: jax.Array, patch: int, who: str) -> tuple[int, int]:
             "width, channels] with sides that the patch divides."
         )
     return images.shape[1] // patch, images.shape[2] // patch
+
+
+def pictures(
+    target: Target,
+    images: Float[Array, "batch height width channels"],
+    mask: Bool[Array, "batch patches"],
+    predicted: Float[Array, "batch patches features"],
+    patch: int,
+) -> dict[str, Float[Array, "batch height width channels"]]:
+    """What a report shows of a prediction: ``"original"``, ``"masked"`` and ``"reconstructed"``.
+
+    Hidden patches of the second have the image's mean; those of the third have the prediction.
+
+    Raises:
+      UserError: a target that is no pixels.
+    """
+    size = (patch, patch)
+    hidden = mask[..., None]
+    seen = cut(images.astype(jnp.float32), size)  # [B, N, p p c]
+    mean = jnp.mean(images, axis=(1, 2), keepdims=True)
+    patches = {
+        "original": seen,
+        "masked": jnp.where(hidden, cut(jnp.broadcast_to(mean, images.shape), size), seen),
+        "reconstructed": jnp.where(hidden, target.pixels(predicted, images, size), seen),
+    }
+    grid = (images.shape[1] // patch, images.shape[2] // patch)
+    return {name: join(value, grid, size) for name, value in patches.items()}
 
 
 @dataclass(frozen=True)
@@ -72,10 +101,23 @@ class MaskedAutoencoding(Objective):
         return MAEDecoder(features, self.decoder_width, self.decoder_depth, self.decoder_heads, cross=cross)
 
     def __call__(self, context: Context) -> Loss:
-        return self._complete(context)
+        images, split, predicted = self._predict(context)
+        truth = self.target.truth(context, images, (self.patch, self.patch))
+        errors = self.target.error(predicted, truth)  # [B, N]
+        return Loss(masked_mean(errors, split.mask if self.masked_only else None))
 
-    def _complete(self, context: Context, memory: jax.Array | None = None) -> Loss:
-        """The loss of the hidden patches; ``memory`` are the tokens of a second view."""
+    def reconstruct(self, context: Context) -> dict[str, jax.Array]:
+        """Images as they are, as they are seen, and with the prediction in place of the hidden patches."""
+        images, split, predicted = self._predict(context)
+        return pictures(self.target, images, split.mask, predicted, self.patch)
+
+    def _memory(self, context: Context) -> jax.Array | None:
+        """Tokens of a second view for the decoder; none here."""
+        del context
+        return None
+
+    def _predict(self, context: Context) -> tuple[jax.Array, Split, jax.Array]:
+        """Images, what of them is hidden, and the prediction of all patches [B, N, features]."""
         images = context.read(self.image)
         grid = patch_grid(images, self.patch, type(self).__name__)
         split = self.mask.split(context.row_keys("mask", len(images)), grid[0] * grid[1])
@@ -83,11 +125,10 @@ class MaskedAutoencoding(Objective):
             self.tower, self.image, variant=f"{context.objective}/kept", keep=split.keep
         )  # tokens [B, K, D]
         predicted = context.head(
-            "decoder", outputs["tokens"], split.restore, grid, prefix=outputs.get("prefix"), memory=memory
-        )  # [B, N, features]
-        truth = self.target.truth(context, images, (self.patch, self.patch))
-        errors = self.target.error(predicted, truth)  # [B, N]
-        return Loss(masked_mean(errors, split.mask if self.masked_only else None))
+            "decoder", outputs["tokens"], split.restore, grid, prefix=outputs.get("prefix"),
+            memory=self._memory(context),
+        )  # fmt: skip
+        return images, split, predicted
 
 
 @dataclass(frozen=True)
@@ -108,8 +149,9 @@ class CrossViewCompletion(MaskedAutoencoding):
     def heads(self) -> dict[str, nn.Module]:
         return {"decoder": self._decoder(cross=True)}
 
-    def __call__(self, context: Context) -> Loss:
-        return self._complete(context, context.encode(self.tower, self.other)["tokens"])
+    def _memory(self, context: Context) -> jax.Array:
+        tokens: jax.Array = context.encode(self.tower, self.other)["tokens"]
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -140,12 +182,21 @@ class MaskedPrediction(BatchCoupled):
     def heads(self) -> dict[str, nn.Module]:
         return {"head": PatchPrediction(self.target.features((self.patch, self.patch), self.channels))}
 
-    def encode(self, context: Context) -> dict[str, jax.Array]:
+    def reconstruct(self, context: Context) -> dict[str, jax.Array]:
+        """As of :class:`MaskedAutoencoding`, where pixels are predicted."""
+        images, mask, predicted = self._predict(context)
+        return pictures(self.target, images, mask, predicted, self.patch)
+
+    def _predict(self, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Images, which patches are hidden [B, N], and the prediction of all patches [B, N, features]."""
         images = context.read(self.image)
         grid = patch_grid(images, self.patch, type(self).__name__)
-        mask = self.mask(context.row_keys("mask", len(images)), grid)  # [B, N]
+        mask = self.mask(context.row_keys("mask", len(images)), grid)
         outputs = context.encode(self.tower, self.image, variant=f"{context.objective}/masked", masked=mask)
-        predicted = context.head("head", outputs["tokens"])  # [B, N, features]
+        return images, mask, context.head("head", outputs["tokens"])
+
+    def encode(self, context: Context) -> dict[str, jax.Array]:
+        images, mask, predicted = self._predict(context)
         truth = self.target.truth(context, images, (self.patch, self.patch))
         sums = {"error": self.target.error(predicted, truth)}
         hits = self.target.hits(predicted, truth)

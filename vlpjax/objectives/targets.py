@@ -20,6 +20,7 @@ from vlpjax.errors import UserError
 from vlpjax.models.patches import cut
 from vlpjax.objectives.base import Context, Loss, normalize
 
+EPSILON = 1e-6  # added to the variance of a patch (MAE, arXiv 2111.06377)
 DISTANCES = ("l1", "l2", "smooth_l1", "cosine")
 
 
@@ -47,7 +48,7 @@ def _check_distance(owner: object, kind: str) -> None:
 
 
 def standardized_patches(
-    pixels: Float[Array, "batch patches pixels"], epsilon: float = 1e-6
+    pixels: Float[Array, "batch patches pixels"], epsilon: float = EPSILON
 ) -> Float[Array, "batch patches pixels"]:
     """Every patch with its own mean 0 and variance 1.
 
@@ -79,6 +80,16 @@ class Target:
         del predicted, truth
         return None
 
+    def pixels(
+        self, predicted: jax.Array, images: jax.Array, patch: tuple[int, int]
+    ) -> Float[Array, "batch patches pixels"]:
+        """The predicted patches as pixels, for pictures.
+
+        Raises:
+          UserError: what is predicted is no pixels.
+        """
+        raise UserError(f"{type(self).__name__} predicts no pixels, so there is no picture of it.")
+
 
 @dataclass(frozen=True)
 class Pixels(Target):
@@ -105,6 +116,14 @@ class Pixels(Target):
 
     def error(self, predicted: jax.Array, truth: jax.Array) -> jax.Array:
         return distance(predicted, truth, self.distance)
+
+    def pixels(self, predicted: jax.Array, images: jax.Array, patch: tuple[int, int]) -> jax.Array:
+        """As predicted; standardised pixels take mean and deviation from the patch itself, as MAE's pictures do."""
+        if not self.standardize:
+            return predicted
+        real = cut(images.astype(jnp.float32), patch)
+        mean, variance = jnp.mean(real, axis=-1, keepdims=True), jnp.var(real, axis=-1, keepdims=True, ddof=1)
+        return predicted * jnp.sqrt(variance + EPSILON) + mean
 
 
 @dataclass(frozen=True)
