@@ -12,11 +12,13 @@ from typing import Any
 from vlpjax.config import Config, spec
 from vlpjax.data.cache import Prepared
 from vlpjax.data.pipeline import Pipeline
-from vlpjax.data.sources import TFDS, Filter
+from vlpjax.data.sources import TFDS, Canvases, Filter
 from vlpjax.data.tokenizers import SentencePieceTokenizer
 from vlpjax.data.transforms import Decode, FixedCaption, Normalize, Resize, Tokenize, Trim
 from vlpjax.evaluators.knn import KNN
+from vlpjax.evaluators.linear_probe import LinearProbe
 from vlpjax.evaluators.retrieval import Retrieval
+from vlpjax.evaluators.segmentation import PatchSegmentation
 
 SEEN = "noto+noto_v1+twemoji+emojione+fluent_flat+fluent_gradient"
 UNSEEN = "openmoji"  # a vendor whose drawings are never trained on
@@ -94,6 +96,34 @@ def knn(size: int, **fields: Any) -> Config:
         train=images(SEEN, size),
         test=images(UNSEEN, size),
         title="k-NN, held-out style",
+        **fields,
+    )
+
+
+def linear_probe(size: int, **fields: Any) -> Config:
+    """A classifier of concepts, fitted to the seen vendors' drawings and tested on the unseen vendor's."""
+    return spec(
+        LinearProbe,
+        train=images(SEEN, size),
+        test=images(UNSEEN, size),
+        title="linear probe, held-out style",
+        **fields,
+    )
+
+
+def segmentation(size: int, **fields: Any) -> Config:
+    """Patches of canvases with two of ten concepts: those of the unseen vendor among those of the seen ones."""
+
+    def canvases(vendors: str, count: int) -> Config:
+        drawings = spec(Canvases, source=source(vendors), count=count, size=size)
+        steps = dict(decode=spec(Decode), normalize=normalize())
+        return _once(drawings, steps, ("image", "label_map"))
+
+    return spec(
+        PatchSegmentation,
+        train=canvases(SEEN, 512),
+        test=canvases(UNSEEN, 256),
+        title="patch segmentation, held-out style",
         **fields,
     )
 

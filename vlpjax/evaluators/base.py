@@ -132,7 +132,8 @@ class Encoded(NamedTuple):
 
     Attributes:
       features: per name of an encoder, [N, ..., E], rows sharded over the mesh.
-      columns: per field of one number per example ("index", "valid", a label), [N] on every host.
+      columns: per field of one number per example ("index", "valid", a label), [N] on every host; and those fields
+        that were asked for by name.
     """
 
     features: dict[str, jax.Array]
@@ -157,12 +158,20 @@ def shared_features() -> Iterator[None]:
 
 
 def encode_all(
-    pipeline: Pipeline, encoders: Mapping[str, Encoder], variables: Variables, layout: Layout
+    pipeline: Pipeline,
+    encoders: Mapping[str, Encoder],
+    variables: Variables,
+    layout: Layout,
+    fields: tuple[str, ...] = (),
 ) -> Encoded:
-    """Encodes a finite pipeline, in one pass for all encoders; see :func:`shared_features`."""
+    """Encodes a finite pipeline, in one pass for all encoders; see :func:`shared_features`.
+
+    Args:
+      fields: of the batch, which are among the columns although they are more than one number per example.
+    """
     shared = _SHARED.get()
     known = {} if shared is None else shared
-    data, kept = pipeline_key(pipeline), ("columns", pipeline.data_state(0)["fingerprint"])
+    data, kept = pipeline_key(pipeline), ("columns", pipeline.data_state(0)["fingerprint"], fields)
     places = {name: (data, encoder.key(variables)) for name, encoder in encoders.items()}
     missing = {name: encoder for name, encoder in encoders.items() if places[name] not in known}
     if missing or kept not in known:
@@ -172,7 +181,7 @@ def encode_all(
             for name, encoder in missing.items():
                 parts[name].append(encoder.raw(variables, batch))
             for name, values in batch.items():
-                if values.ndim == 1:
+                if values.ndim == 1 or name in fields:
                     columns.setdefault(name, []).append(to_host(values, layout))
         for name in missing:
             # The variables stay alive beside the features, so that no other array takes over their identity.

@@ -22,7 +22,7 @@ from vlpjax.evaluators.base import (
     read_column,
     require_finite,
 )
-from vlpjax.evaluators.neighbors import DISTANCES, make_nearest
+from vlpjax.evaluators.neighbors import DISTANCES, count_votes, make_nearest
 from vlpjax.experiment import Experiment
 from vlpjax.mesh import Layout
 
@@ -123,10 +123,5 @@ class KNN(Evaluator):
 
     def _ranked(self, scores: jax.Array, found: jax.Array, classes: int) -> jax.Array:
         """The five classes, or as many as there are, with the most votes: [Q, 5]."""
-        weights = jnp.ones_like(scores)
-        if self.vote == "weighted":
-            # Relative to the nearest, which changes no order and cannot overflow.
-            weights = jnp.exp((scores - scores[:, :1]) / self.temperature)
-        rows = jnp.arange(len(scores))[:, None]
-        votes = jnp.zeros((len(scores), classes)).at[rows, found].add(weights)
+        votes = count_votes(scores, found, classes, self.temperature if self.vote == "weighted" else None)
         return jax.lax.top_k(votes, min(5, classes))[1]

@@ -75,6 +75,21 @@ def make_nearest(
     return nearest
 
 
+def count_votes(
+    scores: Float[Array, "queries k"],
+    labels: Int[Array, "queries k"],
+    classes: int,
+    temperature: float | None = None,
+) -> Float[Array, "queries classes"]:
+    """The votes of neighbours for their classes: exp(score / temperature) each, or one each without a temperature."""
+    weights = jnp.ones_like(scores)
+    if temperature is not None:
+        # Relative to the nearest, which changes no order and cannot overflow.
+        weights = jnp.exp((scores - scores[:, :1]) / temperature)
+    rows = jnp.arange(len(scores))[:, None]
+    return jnp.zeros((len(scores), classes)).at[rows, labels].add(weights)
+
+
 def _best_of_blocks(
     query: Float[Array, "chunk features"],
     memory: Float[Array, "rows features"],

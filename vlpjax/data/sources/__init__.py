@@ -2,6 +2,7 @@
 
 from vlpjax.data.sources.array_records import ArrayRecords, pack_record, unpack_record
 from vlpjax.data.sources.base import Example, LazySource, Source
+from vlpjax.data.sources.canvases import Canvases
 from vlpjax.data.sources.combine import Concat, Filter, Mixture
 from vlpjax.data.sources.companions import Companion
 from vlpjax.data.sources.declared import Declared
@@ -15,6 +16,7 @@ from vlpjax.data.sources.webdataset import WebDataset
 __all__ = [
     "TFDS",
     "ArrayRecords",
+    "Canvases",
     "Companion",
     "Concat",
     "Declared",
