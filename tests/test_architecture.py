@@ -29,7 +29,8 @@ LAYERS = (
     ("weights",),
     ("models",),
     ("parallel", "data"),
-    ("optim", "observe", "config", "mesh", "processes"),
+    ("optim", "observe", "mesh", "processes"),
+    ("config",),
     ("rules", "durations"),
     ("errors",),
 )
