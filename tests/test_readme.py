@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from tests.tiny import ROOT
-from vlpjax.config import Config, apply_overrides, load
+from tools.compare import read_proof
+from vlpjax.config import Config, apply_overrides, build, load
 from vlpjax.main import main
 from vlpjax.trainer import train
 
@@ -72,7 +73,7 @@ def test_every_block_is_of_a_kind_that_is_checked() -> None:
 def test_the_python_blocks_run_and_what_they_describe_trains(
     namespace: dict[str, Any], tmp_path: Path
 ) -> None:
-    sources, experiment, objective, composed, _ = blocks("python")
+    sources, experiment, objective, composed, views, _ = blocks("python")
     exec(sources, namespace)
     exec(experiment, namespace)
     config = shorten(namespace["get_config"]())
@@ -86,6 +87,11 @@ def test_the_python_blocks_run_and_what_they_describe_trains(
     state = train(config, str(tmp_path / "own_objective"))
     assert "predict_predictor" in state.params
     assert set(state.teachers) == {"ema"}
+
+    exec(views, namespace)
+    batch = build(config.data.train).batch(0, rows=[0, 1])
+    assert batch["view1"].shape == batch["view2"].shape == (2, 32, 32, 3)
+    assert (batch["view1"] != batch["view2"]).any()
 
 
 def tiny_clip(folder: Path) -> None:
@@ -120,6 +126,11 @@ def test_weights_go_in_and_out_as_written(namespace: dict[str, Any], tmp_path: P
     )
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
+
+
+def test_the_comparison_knows_what_to_compare() -> None:
+    (command,) = [line for line in commands() if "tools/compare.py" in line]
+    assert set(read_proof(ROOT / shlex.split(command)[-1])) >= {"against", "metrics"}
 
 
 @pytest.mark.parametrize("command", [line for line in commands() if line.startswith("make ")])
