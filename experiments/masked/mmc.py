@@ -45,7 +45,9 @@ SYSTEM = dict(
 )
 # Against the same tower before training: prompted segmentation and the overlap of similarities.
 PROOF = dict(
-    against="experiments/masked/mmc.py:small with --config.duration='1 step'", metric="segmentation/iou"
+    against="experiments/masked/mmc.py:small with --config.duration='1 step'",
+    metric="segmentation/iou",
+    steps=600,
 )
 VIEWS = ("view1", "view2")
 
