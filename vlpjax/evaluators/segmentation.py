@@ -66,8 +66,8 @@ class PatchSegmentation(Evaluator):
 
         def predict(queries: jax.Array, memory: jax.Array, real: Any, labels: Any, classes: int) -> jax.Array:
             """The label of every patch, [Q N]."""
-            flat = (x.reshape(-1, x.shape[-1]) for x in (queries, memory))
-            scores, places = nearest(*flat, real)
+            width = memory.shape[-1]
+            scores, places = nearest(queries.reshape(-1, width), memory.reshape(-1, width), real)
             return jnp.argmax(count_votes(scores, labels[places], classes, self.temperature), axis=1)
 
         predict_all: Any = jax.jit(predict, static_argnums=4, out_shardings=layout.replicated)

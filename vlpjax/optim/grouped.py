@@ -7,7 +7,6 @@ from typing import Any
 
 import optax
 
-from vlpjax.config import suggest
 from vlpjax.errors import UserError
 from vlpjax.rules import map_with_names, match_rules, tree_names
 
@@ -30,7 +29,8 @@ def grouped(
     """
     for pattern, name in rules:
         if name not in directions:
-            raise UserError(f"grouped.rules gives {pattern!r} to {name!r}{suggest(name, directions)}.")
+            known = ", ".join(map(repr, directions))
+            raise UserError(f"grouped.rules gives {pattern!r} to {name!r}; the groups are {known}.")
     idle = [name for name in directions if name not in {group for _, group in rules}]
     if idle:
         raise UserError(f"grouped.directions has {idle[0]!r}, which no rule names.")

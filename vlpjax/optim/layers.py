@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlpjax.config import suggest
 from vlpjax.errors import UserError
 from vlpjax.rules import match_rules, tree_names
 
@@ -67,7 +66,7 @@ class LayerDecay:
           UserError: no such tower, a parameter that no rule takes, or a block without a number.
         """
         if tower not in params:
-            raise UserError(f"LayerDecay.towers names {tower!r}{suggest(tower, params)}.")
+            raise UserError(f"LayerDecay.towers names {tower!r}; there are {', '.join(map(repr, params))}.")
         names = [f"{tower}/{name}" for name in tree_names(params[tower])]
         leaves = dict(zip(names, jax.tree.leaves(params[tower]), strict=True))
         inner = {name: name.removeprefix(f"{tower}/").removeprefix("tower/") for name in names}
