@@ -153,8 +153,8 @@ def test_a_trained_probe_comes_near_the_optimum(optimizer: str, devices: int) ->
         optimizer=optimizer,
         batch_size=20,
         learning_rate=rate,
-        epochs=30,
-        warmup_epochs=3,
+        epochs=100,
+        warmup_epochs=10,
     )
     kernel, bias = newton(X, Y, 0.1, CLASSES)
     best = np.mean(np.argmax(TEST_X @ kernel + bias, axis=1) == TEST_Y)
