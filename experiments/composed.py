@@ -2,10 +2,10 @@
 
 python -m vlpjax.main --config=experiments/composed.py --workdir=runs/composed
 
-Contrast of images and captions, captioning, masked patches, and self-distillation between crops train one image tower;
-the text tower has a part in the first two.  Each has a weight to set: ``--config.objectives.mae.weight=0`` switches
-one off.  Needs nothing but this package; 400 steps take about five minutes of one CPU core.  The evaluations are
-retrieval and nearest neighbours among drawings of a vendor that is never trained on.
+Contrast of images and captions, captioning, masked patches, and self-distillation between crops train one image
+tower; the text tower has a part in the first two.  Each has a weight to set: ``--config.objectives.mae.weight=0``
+switches one off.  Needs nothing but this package.  The evaluations are retrieval and nearest neighbours among
+drawings of a vendor that is never trained on.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 python -m vlpjax.main --config=experiments/contrastive/clip.py --workdir=runs/clip
 
-``small`` needs nothing but this package: bundled drawings of 32 px, three minutes of one CPU core.  ``clip.py:paper``
-is open_clip's ViT-B/32 on LAION-400M, whose files it names; it needs some hundred accelerators.
+``small`` needs nothing but this package: bundled drawings of 32 px.  ``clip.py:paper`` is open_clip's ViT-B/32 on
+LAION-400M, whose files it names; it needs some hundred accelerators.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 python -m vlpjax.main --config=experiments/contrastive/coca.py --workdir=runs/coca
 
-``small`` needs nothing but this package: bundled drawings of 32 px, five minutes of one CPU core.  ``coca.py:paper``
-has the towers of open_clip's coca_ViT-L-14 and the paper's batch and schedule; AdamW stands for Adafactor.
+``small`` needs nothing but this package: bundled drawings of 32 px.  ``coca.py:paper`` has the towers of open_clip's
+coca_ViT-L-14 and the paper's batch and schedule; AdamW stands for Adafactor.
 """
 
 from __future__ import annotations

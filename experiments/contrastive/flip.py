@@ -2,9 +2,8 @@
 
 python -m vlpjax.main --config=experiments/contrastive/flip.py --workdir=runs/flip
 
-``small`` needs nothing but this package: ``clip.py:small`` with half of the patches left out, two minutes of one CPU
-core.  ``flip.py:paper`` is L/16 on LAION-400M.  The short tuning without masks that ends the paper's recipe starts from
-its run:
+``small`` needs nothing but this package: ``clip.py:small`` with half of the patches left out.  ``flip.py:paper`` is
+L/16 on LAION-400M.  The short tuning without masks that ends the paper's recipe starts from its run:
 
 python -m vlpjax.main --config=experiments/contrastive/flip.py:paper --workdir=runs/flip_tuned \
   --config.towers.image.patch_dropout=0 --config.start.run=runs/flip --config.duration="0.32 epochs" \

@@ -2,9 +2,8 @@
 
 python -m vlpjax.main --config=experiments/contrastive/m2_encoder.py --workdir=runs/m2_encoder
 
-``small`` needs nothing but this package: bundled drawings with their English and Chinese names, six minutes of one CPU
-core.  ``m2_encoder.py:paper`` has the towers of the 1B model; how it was optimised is not published, so that part is
-CLIP's.
+``small`` needs nothing but this package: bundled drawings with their English and Chinese names.
+``m2_encoder.py:paper`` has the towers of the 1B model; how it was optimised is not published, so that part is CLIP's.
 """
 
 from __future__ import annotations

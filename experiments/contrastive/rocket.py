@@ -2,9 +2,9 @@
 
 python -m vlpjax.main --config=experiments/contrastive/rocket.py --workdir=runs/rocket
 
-``small`` needs nothing but this package: bundled drawings of 32 px, one weak and two strong views of image and text,
-eight minutes of one CPU core.  ``--config=experiments/contrastive/rocket.py:small,variant=barlip`` adds a loss; the
-variants are clip, barlip, siamlip, byolip and swalip.  ``rocket.py:paper`` is ViT-B/16 on YFCC15M.
+``small`` needs nothing but this package: bundled drawings of 32 px, one weak and two strong views of image and text.
+``--config=experiments/contrastive/rocket.py:small,variant=barlip`` adds a loss; the variants are clip, barlip,
+siamlip, byolip and swalip.  ``rocket.py:paper`` is ViT-B/16 on YFCC15M.
 """
 
 from __future__ import annotations

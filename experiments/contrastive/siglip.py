@@ -2,9 +2,9 @@
 
 python -m vlpjax.main --config=experiments/contrastive/siglip.py --workdir=runs/siglip
 
-``small`` needs nothing but this package: it is ``clip.py:small`` under the sigmoid loss, three minutes of one CPU core.
-``siglip.py:paper`` is So400m/14 at 224 px with its published towers, batch and schedule; AdamW stands for the paper's
-Adafactor, whose second moment it has in full.
+``small`` needs nothing but this package: it is ``clip.py:small`` under the sigmoid loss. ``siglip.py:paper`` is
+So400m/14 at 224 px with its published towers, batch and schedule; AdamW stands for the paper's Adafactor, whose
+second moment it has in full.
 """
 
 from __future__ import annotations

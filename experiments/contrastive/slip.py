@@ -2,8 +2,8 @@
 
 python -m vlpjax.main --config=experiments/contrastive/slip.py --workdir=runs/slip
 
-``small`` needs nothing but this package: bundled drawings of 32 px, five minutes of one CPU core.  ``slip.py:paper`` is
-ViT-B/16 on YFCC15M, as tars of pictures and texts (title or description).
+``small`` needs nothing but this package: bundled drawings of 32 px.  ``slip.py:paper`` is ViT-B/16 on YFCC15M, as
+tars of pictures and texts (title or description).
 """
 
 from __future__ import annotations

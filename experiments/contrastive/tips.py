@@ -3,8 +3,8 @@
 python -m vlpjax.main --config=experiments/contrastive/tips.py --workdir=runs/tips
 
 Needs nothing for ``tips.py:small`` (the default), where the drawings' names stand for captions of the web and their
-keywords for synthetic ones; it takes a few minutes of one CPU core.  ``tips.py:paper`` are the published settings
-of ViT-g/14, as far as they are public, on image-text pairs with a field ``synthetic_caption``.
+keywords for synthetic ones.  ``tips.py:paper`` are the published settings of ViT-g/14, as far as they are public, on
+image-text pairs with a field ``synthetic_caption``.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 python -m vlpjax.main --config=experiments/self_supervised/byol.py --workdir=runs/byol
 
-Needs nothing for ``byol.py:small`` (the default), which takes a few minutes of one CPU core.  ``byol.py:paper`` is
-the published ResNet-50 on ImageNet-1K, for a pod.
+Needs nothing for ``byol.py:small`` (the default).  ``byol.py:paper`` is the published ResNet-50 on ImageNet-1K, for a
+pod.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 python -m vlpjax.main --config=experiments/self_supervised/dino.py --workdir=runs/dino
 
-Needs nothing for ``dino.py:small`` (the default), which takes a few minutes of one CPU core.  ``dino.py:paper``
-is the published ViT-S/16 on ImageNet-1K with two crops of 224 and eight of 96 pixels.
+Needs nothing for ``dino.py:small`` (the default).  ``dino.py:paper`` is the published ViT-S/16 on ImageNet-1K with
+two crops of 224 and eight of 96 pixels.
 """
 
 from __future__ import annotations

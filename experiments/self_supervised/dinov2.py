@@ -2,9 +2,8 @@
 
 python -m vlpjax.main --config=experiments/self_supervised/dinov2.py --workdir=runs/dinov2
 
-Needs nothing for ``dinov2.py:small`` (the default), which takes a few minutes of one CPU core.
-``dinov2.py:paper`` is the published recipe of the ViT-L/16 that is trained on ImageNet-1K; the 142 million images of
-the paper's other models are not public.
+Needs nothing for ``dinov2.py:small`` (the default). ``dinov2.py:paper`` is the published recipe of the ViT-L/16 that
+is trained on ImageNet-1K; the 142 million images of the paper's other models are not public.
 """
 
 from __future__ import annotations

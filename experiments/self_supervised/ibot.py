@@ -2,8 +2,7 @@
 
 python -m vlpjax.main --config=experiments/self_supervised/ibot.py --workdir=runs/ibot
 
-Needs nothing for ``ibot.py:small`` (the default), which takes a few minutes of one CPU core.  ``ibot.py:paper``
-is the published ViT-B/16 on ImageNet-1K.
+Needs nothing for ``ibot.py:small`` (the default).  ``ibot.py:paper`` is the published ViT-B/16 on ImageNet-1K.
 """
 
 from __future__ import annotations

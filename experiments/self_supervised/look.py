@@ -2,9 +2,9 @@
 
 python -m vlpjax.main --config=experiments/self_supervised/look.py --workdir=runs/look
 
-Needs nothing for ``look.py:small`` (the default), which takes a few minutes of one CPU core: the classes that it is
-told are five arbitrary ones of 319 concepts each, and the concepts are what is asked for.  ``look.py:paper`` is
-a ResNet-50 on ImageNet-1K; k, temperature, queue and schedule are not public and are chosen here.
+Needs nothing for ``look.py:small`` (the default): the classes that it is told are five arbitrary ones of 319 concepts
+each, and the concepts are what is asked for.  ``look.py:paper`` is a ResNet-50 on ImageNet-1K; k, temperature, queue
+and schedule are not public and are chosen here.
 """
 
 from __future__ import annotations

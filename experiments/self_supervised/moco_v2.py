@@ -2,8 +2,8 @@
 
 python -m vlpjax.main --config=experiments/self_supervised/moco_v2.py --workdir=runs/moco_v2
 
-Needs nothing for ``moco_v2.py:small`` (the default), which takes a few minutes of one CPU core.
-``moco_v2.py:paper`` is the published ResNet-50 on ImageNet-1K, for eight accelerators.
+Needs nothing for ``moco_v2.py:small`` (the default). ``moco_v2.py:paper`` is the published ResNet-50 on ImageNet-1K,
+for eight accelerators.
 """
 
 from __future__ import annotations

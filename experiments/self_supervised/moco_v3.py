@@ -2,9 +2,8 @@
 
 python -m vlpjax.main --config=experiments/self_supervised/moco_v3.py --workdir=runs/moco_v3
 
-Needs nothing for ``moco_v3.py:small`` (the default), which takes a few minutes of one CPU core.
-``moco_v3.py:paper`` is the published ViT-B/16 on ImageNet-1K, for a pod.  In both the patch projection stays as it was
-initialised.
+Needs nothing for ``moco_v3.py:small`` (the default). ``moco_v3.py:paper`` is the published ViT-B/16 on ImageNet-1K,
+for a pod.  In both the patch projection stays as it was initialised.
 """
 
 from __future__ import annotations

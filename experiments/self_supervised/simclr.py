@@ -2,8 +2,8 @@
 
 python -m vlpjax.main --config=experiments/self_supervised/simclr.py --workdir=runs/simclr
 
-Needs nothing for ``simclr.py:small`` (the default), which takes a few minutes of one CPU core.  ``simclr.py:paper``
-is the published ResNet-50 on ImageNet-1K, for a pod.
+Needs nothing for ``simclr.py:small`` (the default).  ``simclr.py:paper`` is the published ResNet-50 on ImageNet-1K,
+for a pod.
 """
 
 from __future__ import annotations

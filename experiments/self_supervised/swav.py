@@ -2,8 +2,8 @@
 
 python -m vlpjax.main --config=experiments/self_supervised/swav.py --workdir=runs/swav
 
-Needs nothing for ``swav.py:small`` (the default), which takes a few minutes of one CPU core.  ``swav.py:paper``
-is the published ResNet-50 on ImageNet-1K with two crops of 224 and six of 96 pixels, for a pod.
+Needs nothing for ``swav.py:small`` (the default).  ``swav.py:paper`` is the published ResNet-50 on ImageNet-1K with
+two crops of 224 and six of 96 pixels, for a pod.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 python -m vlpjax.main --config=experiments/self_supervised/vicreg.py --workdir=runs/vicreg
 
-Needs nothing for ``vicreg.py:small`` (the default), which takes a few minutes of one CPU core.  ``vicreg.py:paper``
-is the published ResNet-50 on ImageNet-1K, for a pod.
+Needs nothing for ``vicreg.py:small`` (the default).  ``vicreg.py:paper`` is the published ResNet-50 on ImageNet-1K,
+for a pod.
 """
 
 from __future__ import annotations
