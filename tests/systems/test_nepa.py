@@ -54,11 +54,11 @@ def test_the_objective_shifts_by_one_and_leaves_the_last_output_out(nepa: Bound)
 def test_without_the_stop_gradient_the_embeddings_collapse() -> None:
     def spread(objective: NextEmbedding) -> float:
         bound = Bound(objective, {"image": IMAGES}, **FIELDS)
-        bound.train(lambda key: {"image": textures(key, 32)}, steps=200, rate=3e-3)
+        bound.train(lambda key: {"image": textures(key, 32)}, steps=600, rate=3e-3)
         return float(bound.loss(bound.params, {"image": IMAGES}).metrics["spread"])
 
     kept, collapsed = spread(NextEmbedding()), spread(NextEmbedding(stop_gradient=False))
-    assert kept > 0.05 and collapsed < 0.02, (kept, collapsed)
+    assert kept > 0.1 and collapsed < 0.02, (kept, collapsed)
 
 
 def test_the_next_patch_is_predicted_better_than_by_the_mean_direction(nepa: Bound) -> None:
