@@ -132,16 +132,16 @@ def test_a_decoder_goes_to_the_first_family_that_can_hold_it() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dict(model_type="llama", hidden_act="mish"), "hidden_act is 'mish'"),
+        (dict(model_type="llama", hidden_act="mish"), "has the activation 'mish'"),
         (dict(model_type="llama", vocab_size=None), "vocab_size is None"),
         (dict(model_type="llama", rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type is 'dynamic'"),
         (dict(model_type="llama", rope_scaling={"type": "linear"}), "needs 'factor'"),
-        (dict(model_type="gemma2", use_bidirectional_attention=True), "use_bidirectional_attention is True"),
+        (dict(model_type="gemma2", use_bidirectional_attention=True), "use_bidirectional_attention=True; only False"),
         (dict(model_type="gemma2", layer_types=["chunked_attention"]), "has 'chunked_attention'"),
         (dict(model_type="gpt2", n_embd=24), "n_layer is None"),
         (
             dict(model_type="gpt2", scale_attn_by_inverse_layer_idx=True),
-            "scale_attn_by_inverse_layer_idx is True",
+            "scale_attn_by_inverse_layer_idx=True; only False",
         ),
     ],
 )
