@@ -136,7 +136,10 @@ def test_a_decoder_goes_to_the_first_family_that_can_hold_it() -> None:
         (dict(model_type="llama", vocab_size=None), "vocab_size is None"),
         (dict(model_type="llama", rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type is 'dynamic'"),
         (dict(model_type="llama", rope_scaling={"type": "linear"}), "needs 'factor'"),
-        (dict(model_type="gemma2", use_bidirectional_attention=True), "use_bidirectional_attention=True; only False"),
+        (
+            dict(model_type="gemma2", use_bidirectional_attention=True),
+            "use_bidirectional_attention=True; only False",
+        ),
         (dict(model_type="gemma2", layer_types=["chunked_attention"]), "has 'chunked_attention'"),
         (dict(model_type="gpt2", n_embd=24), "n_layer is None"),
         (
