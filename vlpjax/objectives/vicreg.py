@@ -75,4 +75,4 @@ def off_diagonal_covariance(embedded: Float[Array, "batch features"]) -> Float[A
     else:
         squares = jnp.sum(jnp.square(centred.T @ centred))
     diagonal = jnp.sum(jnp.square(jnp.sum(jnp.square(centred), axis=0)))
-    return (squares - diagonal) / ((batch - 1) ** 2 * width)
+    return (squares - diagonal) / float((batch - 1) ** 2 * width)  # too large a number for an int32
