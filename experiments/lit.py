@@ -21,7 +21,6 @@ from vlpjax.data.cache import Prepared
 from vlpjax.data.pipeline import Pipeline
 from vlpjax.data.tokenizers import JsonTokenizer
 from vlpjax.data.transforms import Decode, DrawCaption, FixedCaption, Normalize, Resize, Tokenize, Trim
-from vlpjax.errors import UserError
 from vlpjax.evaluators.retrieval import Retrieval
 from vlpjax.experiment import base_config
 from vlpjax.models.efficientnet import EfficientNetLite
@@ -45,8 +44,6 @@ SIZE, LENGTH, JOINT = 128, 16, 1024
 
 
 def get_config(split: str = "locked") -> Config:
-    if split not in SPLITS:
-        raise UserError(f"LiT has no setting {split!r}; there are {', '.join(SPLITS)}.")
     both = split == "locked"
     config = base_config()
     config.name = f"LiT, {'both towers' if both else 'the image tower'} locked"

@@ -286,6 +286,17 @@ def test_an_experiment_takes_arguments(tmp_path: Path) -> None:
         load(f"{path}:dept=3")
 
 
+@pytest.mark.parametrize("constant", ["SIZES", "SPLITS"])
+def test_an_experiment_is_given_no_size_that_it_does_not_list(tmp_path: Path, constant: str) -> None:
+    path = tmp_path / "experiment.py"
+    path.write_text(f'{EXPERIMENT}\n{constant} = ("small", "large")\n')
+    assert load(f"{path}:large").size == "large"
+    assert load(f"{path}:depth=3").size == "small"
+    for argument in ("larg", "size=larg,depth=3"):
+        with pytest.raises(UserError, match=r"experiment\.py' has no size 'larg'; did you mean 'large'"):
+            load(f"{path}:{argument}")
+
+
 def test_what_is_no_experiment_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no experiment file '.*nothing\.py'"):
         load(str(tmp_path / "nothing.py"))

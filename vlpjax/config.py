@@ -152,7 +152,8 @@ def resolve(path: str) -> Callable[..., Any]:
 def load(file_and_argument: str) -> Config:
     """Runs ``get_config`` of ``FILE.py[:argument[,name=value...]]`` and returns the checked config.
 
-    The first bare argument goes to ``get_config``'s first parameter (by custom ``size``).
+    The first bare argument goes to ``get_config``'s first parameter (by custom ``size``).  A file that lists the values
+    which that parameter takes, in a constant ``SIZES`` or ``SPLITS``, is given no other.
     """
     file, _, text = file_and_argument.partition(":")
     path = Path(file)
@@ -178,6 +179,10 @@ def load(file_and_argument: str) -> Config:
                 f"get_config() of {file!r} takes no argument {name!r}{suggest(name, parameters)}."
             )
         arguments[name] = _literal(value)
+    first, listed = next(iter(parameters), ""), getattr(module, "SIZES", getattr(module, "SPLITS", ()))
+    if listed and arguments.get(first, listed[0]) not in listed:
+        wrong = str(arguments[first])
+        raise UserError(f"The experiment file {file!r} has no {first} {wrong!r}{suggest(wrong, listed)}.")
     config = module.get_config(**arguments)
     return config if isinstance(config, Config) else Config({key: config[key] for key in config})
 

@@ -22,7 +22,6 @@ from vlpjax.data.transforms import (
     RandomFlip,
     Resize,
 )  # fmt: skip
-from vlpjax.errors import UserError
 from vlpjax.experiment import base_config
 from vlpjax.models.text import TextTransformer
 from vlpjax.models.vit import ViT
@@ -41,8 +40,6 @@ SIZE, LENGTH = 32, 12
 
 
 def get_config(size: str = "small") -> Config:
-    if size not in SIZES:
-        raise UserError(f"CLIP has no size {size!r}; there are {', '.join(SIZES)}.")
     return small() if size == "small" else paper()
 
 

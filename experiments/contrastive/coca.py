@@ -14,7 +14,6 @@ from experiments._bundled import VOCABULARY
 from experiments.contrastive import _web
 from experiments.contrastive import clip as clip_experiment
 from vlpjax.config import Config, spec
-from vlpjax.errors import UserError
 from vlpjax.models.coca import CaptionDecoder, PooledImage, UnimodalText
 from vlpjax.models.vit import ViT
 from vlpjax.objectives.captioning import Captioning
@@ -33,8 +32,6 @@ SCHEDULE = "500_000 steps"
 
 
 def get_config(size: str = "small") -> Config:
-    if size not in SIZES:
-        raise UserError(f"CoCa has no size {size!r}; there are {', '.join(SIZES)}.")
     return small() if size == "small" else paper()
 
 

@@ -6,7 +6,7 @@ python -m vlpjax.main --config=experiments/contrastive/flip.py --workdir=runs/fl
 L/16 on LAION-400M.  The short tuning without masks that ends the paper's recipe starts from its run:
 
 python -m vlpjax.main --config=experiments/contrastive/flip.py:paper --workdir=runs/flip_tuned \
-  --config.towers.image.patch_dropout=0 --config.start.run=runs/flip --config.duration="0.32 epochs" \
+  --config.towers.image.patch_dropout=0 --config.start.run=runs/flip_paper --config.duration="0.32 epochs" \
   --config.optimizer.learning_rate=1.024e-5
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 from experiments.contrastive import _web
 from experiments.contrastive import clip as clip_experiment
 from vlpjax.config import Config, spec
-from vlpjax.errors import UserError
 from vlpjax.objectives.contrastive import InfoNCE
 
 SIZES = ("small", "paper")
@@ -30,8 +29,6 @@ BATCH, LENGTH = 65_536, 32
 
 
 def get_config(size: str = "small") -> Config:
-    if size not in SIZES:
-        raise UserError(f"FLIP has no size {size!r}; there are {', '.join(SIZES)}.")
     return small() if size == "small" else paper()
 
 

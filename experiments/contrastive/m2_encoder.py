@@ -16,7 +16,6 @@ from experiments.contrastive import clip as clip_experiment
 from vlpjax.config import Config, spec
 from vlpjax.data.tokenizers import SentencePieceTokenizer
 from vlpjax.data.transforms import Tokenize, TranslatedName
-from vlpjax.errors import UserError
 from vlpjax.evaluators.retrieval import Retrieval
 from vlpjax.models.multiway import Multiway
 from vlpjax.objectives.contrastive import InfoNCE
@@ -34,8 +33,6 @@ LENGTH, PAPER_LENGTH = 24, 52
 
 
 def get_config(size: str = "small") -> Config:
-    if size not in SIZES:
-        raise UserError(f"M2-Encoder has no size {size!r}; there are {', '.join(SIZES)}.")
     return small() if size == "small" else paper()
 
 

@@ -24,7 +24,6 @@ from vlpjax.data.transforms import (
     RandomAffine,
     SwappedCaption,
 )  # fmt: skip
-from vlpjax.errors import UserError
 from vlpjax.evaluators.order import MultipleChoice
 from vlpjax.models.text import TextTransformer
 from vlpjax.models.vit import ViT
@@ -50,8 +49,6 @@ ORDERS = ("nouns_adjectives", "all_but_nouns_adjectives", "within_trigrams", "tr
 
 
 def get_config(size: str = "small") -> Config:
-    if size not in SIZES:
-        raise UserError(f"NegCLIP has no size {size!r}; there are {', '.join(SIZES)}.")
     return paper() if size == "paper" else small(negatives=size == "small")
 
 

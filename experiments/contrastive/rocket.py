@@ -39,10 +39,8 @@ IMAGES, TEXTS = ("image", "image1", "image2"), ("text", "text1", "text2")
 
 
 def get_config(size: str = "small", variant: str = "clip") -> Config:
-    if size not in SIZES or variant not in VARIANTS:
-        raise UserError(
-            f"There is no {size!r} of {variant!r}; sizes are {', '.join(SIZES)}, variants {', '.join(VARIANTS)}."
-        )
+    if variant not in VARIANTS:
+        raise UserError(f"CLIP-rocket has no variant {variant!r}; there are {', '.join(VARIANTS)}.")
     config = small() if size == "small" else paper()
     config.name += f", {variant}"
     wide = size == "paper"

@@ -24,7 +24,6 @@ from vlpjax.data.transforms import (
     RandomResizedCrop,
     Views,
 )  # fmt: skip
-from vlpjax.errors import UserError
 from vlpjax.objectives.contrastive import InfoNCE
 from vlpjax.objectives.ntxent import NTXent
 
@@ -46,8 +45,6 @@ PAPER_BATCH, PAPER_RATE = 4096, 3e-3
 
 
 def get_config(size: str = "small") -> Config:
-    if size not in SIZES:
-        raise UserError(f"SLIP has no size {size!r}; there are {', '.join(SIZES)}.")
     return small() if size == "small" else paper()
 
 

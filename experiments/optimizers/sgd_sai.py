@@ -25,7 +25,6 @@ from vlpjax.data.transforms import (
     RandomResizedCrop,
     Resize,
 )
-from vlpjax.errors import UserError
 from vlpjax.evaluators.knn import KNN
 from vlpjax.experiment import base_config
 from vlpjax.models.vit import ViT
@@ -45,8 +44,6 @@ SYSTEM = dict(
 
 
 def get_config(size: str = "small") -> Config:
-    if size not in SIZES:
-        raise UserError(f"The experiment has no size {size!r}; there are {', '.join(SIZES)}.")
     config = _small() if size == "small" else _paper()
     config.name = f"SGD-SaI, {size}"
     return config
