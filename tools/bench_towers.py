@@ -12,10 +12,10 @@ above 1, ours is faster.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,13 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
+
+from tools._turns import HEADING, Pair, Turn, alternate, row
 from vlpjax.models.decoder import Decoder
 from vlpjax.models.positions import Rotary
 from vlpjax.models.text import TextTransformer
 from vlpjax.models.vit import ViT
 from vlpjax.models.vit_variants import variant
-
-Turn = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -169,19 +170,11 @@ def their_turn(tower: Tower, inputs: np.ndarray) -> tuple[Turn, int]:
     return turn, sum(parameter.numel() for parameter in model.parameters())
 
 
-def seconds(turn: Turn) -> float:
-    start = time.perf_counter()
-    turn()
-    return time.perf_counter() - start
-
-
-def compare(tower: Tower, batch: int, pairs: int) -> tuple[list[float], list[float], tuple[int, int]]:
-    """Seconds of ours and theirs, turn by turn after one unmeasured turn each, and both numbers of parameters."""
+def compare(tower: Tower, batch: int, pairs: int) -> tuple[tuple[int, int], Pair]:
+    """Both numbers of parameters, and the seconds of both."""
     inputs = tower.inputs(np.random.default_rng(0), batch)
     (ours, our_size), (theirs, their_size) = our_turn(tower, inputs), their_turn(tower, inputs)
-    ours(), theirs()
-    measured = [(seconds(ours), seconds(theirs)) for _ in range(pairs)]
-    return [pair[0] for pair in measured], [pair[1] for pair in measured], (our_size, their_size)
+    return (our_size, their_size), alternate(ours, theirs, pairs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -192,19 +185,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args(arguments)
-    print(f"{'tower':40} {'parameters, ours / theirs':>28} {'ours':>9} {'theirs':>9}   theirs / ours")
+    print(HEADING)
     for name in options.towers.split(","):
         if name not in TOWERS:
             raise SystemExit(f"There is no tower {name!r}; there are {', '.join(TOWERS)}.")
         tower = TOWERS[name]()
-        ours, theirs, sizes = compare(tower, options.batch, options.pairs)
-        ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
-        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        print(
-            f"{tower.title:40} {sizes[0]:>13,} / {sizes[1]:>11,} {statistics.median(ours):8.3f}s "
-            f"{statistics.median(theirs):8.3f}s   {spread}",
-            flush=True,
-        )
+        print(row(tower.title, *compare(tower, options.batch, options.pairs)), flush=True)
 
 
 if __name__ == "__main__":

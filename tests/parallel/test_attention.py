@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlpjax.parallel.attention import Interval, attention, causal, prefix
+from tests.tiny import assert_trees_close
+from vlpjax.parallel.attention import Interval, attend, attention, causal, prefix
 
 B, Q, K, H, D = 2, 5, 7, 3, 4
 
@@ -78,3 +79,46 @@ def test_the_softmax_of_bfloat16_inputs_is_taken_in_float32() -> None:
     jaxpr = str(jax.make_jaxpr(attention)(query, key, value))
     assert "exp" in jaxpr
     assert not [line for line in jaxpr.splitlines() if " exp " in line and "bf16" in line]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_gradients_are_those_of_the_formula(groups: int) -> None:
+    rng = np.random.default_rng(groups)
+    heads = 4
+    query, key, value = (
+        jnp.asarray(rng.normal(size=(B, length, count, D)), jnp.float32)
+        for length, count in ((Q, heads), (K, groups), (K, groups))
+    )
+    bias = jnp.asarray(rng.normal(size=(1, heads, Q, K)), jnp.float32)
+    weight = jnp.asarray(rng.normal(size=(B, Q, heads, D)), jnp.float32)
+    mask = jnp.asarray(rng.random((B, Q, K)) < 0.6).at[0, 1].set(False)  # one query sees nothing
+
+    def formula(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+        key, value = (jnp.repeat(x, heads // groups, axis=2) for x in (key, value))
+        logits = 3 * jnp.tanh((jnp.einsum("bqhd,bkhd->bhqk", query, key) * D**-0.5 + bias) / 3)
+        powers = jnp.where(mask[:, None], jnp.exp(logits), 0)
+        shares = powers / jnp.maximum(jnp.sum(powers, axis=-1, keepdims=True), 1e-30)
+        return jnp.sum(jnp.einsum("bhqk,bkhd->bqhd", shares, value) * weight)
+
+    def ours(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+        return jnp.sum(attend(query, key, value, mask=mask, bias=bias, soft_cap=3.0).mixed * weight)
+
+    everything = (query, key, value, bias)
+    expected = jax.jit(jax.value_and_grad(formula, argnums=(0, 1, 2, 3)))(*everything)
+    assert_trees_close(
+        jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2, 3)))(*everything), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_bfloat16_gradients_are_near_those_in_float32() -> None:
+    exact = [jnp.asarray(x) for x in inputs(3)]
+    rounded = [x.astype(jnp.bfloat16) for x in exact]
+
+    def loss(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(attention(query, key, value).astype(jnp.float32)))
+
+    for ours, expected in zip(
+        *(jax.grad(loss, argnums=(0, 1, 2))(*qkv) for qkv in (rounded, exact)), strict=True
+    ):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(ours, np.float32), expected, rtol=0.05, atol=0.05)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 TOOLS = sorted(
-    path.stem for path in (Path(__file__).parents[2] / "tools").glob("*.py") if path.stem != "__init__"
+    path.stem for path in (Path(__file__).parents[2] / "tools").glob("*.py") if not path.stem.startswith("_")
 )
 
 

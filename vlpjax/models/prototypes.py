@@ -43,10 +43,10 @@ class Prototypes(nn.Module):
         shape = (features.shape[-1], self.count)
         kernel = self.param("kernel", named(unit_columns, "embed", "vocabulary"), shape)
         kernel = jnp.where(frozen, jax.lax.stop_gradient(kernel), kernel)
-        if self.normalized:
-            kernel = _columns_to_one(kernel)
         dtype = self.dtype or jnp.float32
         logits = jnp.matmul(features.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+        if self.normalized:  # after the product, where there is less to divide than in the kernel
+            logits = logits * _inverse_lengths(kernel)
         return logits.astype(jnp.float32)
 
 
@@ -105,4 +105,8 @@ def unit_prototypes(params: Any) -> Any:
 
 
 def _columns_to_one(kernel: Float[Array, "width count"]) -> Float[Array, "width count"]:
-    return kernel * jax.lax.rsqrt(jnp.sum(jnp.square(kernel), axis=0, keepdims=True) + 1e-12)
+    return kernel * _inverse_lengths(kernel)
+
+
+def _inverse_lengths(kernel: Float[Array, "width count"]) -> Float[Array, " count"]:
+    return jax.lax.rsqrt(jnp.sum(jnp.square(kernel), axis=0) + 1e-12)

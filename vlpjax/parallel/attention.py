@@ -97,13 +97,13 @@ def attend(
     """
     batch, queries, heads, head_dim = query.shape
     groups, keys = key.shape[2], key.shape[1]
-    query = query * (head_dim**-0.5 if scale is None else scale)
-    if groups == heads:
-        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    else:
-        query = query.reshape(batch, queries, groups, heads // groups, head_dim)
-        logits = jnp.einsum("bqgrd,bkgd->bgrqk", query, key, preferred_element_type=jnp.float32)
-        logits = logits.reshape(batch, heads, queries, keys)
+    # Heads stand before tokens, and those that share keys and values are rows of one product: both products are then
+    # plain batched matrix products, forward and backward.
+    query = jnp.swapaxes(query * (head_dim**-0.5 if scale is None else scale), 1, 2)
+    query = query.reshape(batch, groups, heads // groups * queries, head_dim)
+    key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)  # [B, G, K, D]
+    logits = jnp.einsum("bgqd,bgkd->bgqk", query, key, preferred_element_type=jnp.float32)
+    logits = logits.reshape(batch, heads, queries, keys)
     if bias is not None:
         logits = logits + bias
     if soft_cap is not None:
@@ -111,18 +111,16 @@ def attend(
     if interval is not None:
         seen = interval.mask(keys)  # [B or 1, Q, K]
         mask = seen if mask is None else mask & seen
-    if mask is None:
-        softmax = jax.nn.softmax(logits, axis=-1)  # [B, H, Q, K]
-    else:
+    if mask is not None:
         logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
-        softmax = jnp.where(mask[:, None], jax.nn.softmax(logits, axis=-1), 0.0)
-    shares = softmax.astype(value.dtype)
-    if groups == heads:
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", shares, value)
-    else:
-        shares = shares.reshape(batch, groups, heads // groups, queries, keys)
-        mixed = jnp.einsum("bgrqk,bkgd->bqgrd", shares, value).reshape(batch, queries, heads, -1)
-    return Attended(mixed, softmax if weights else None)
+    rows = logits.reshape(batch, groups, heads // groups * queries, keys)
+    mixed = jnp.swapaxes(_mix(rows, value).reshape(batch, heads, queries, -1), 1, 2)  # [B, Q, H, D]
+    if mask is not None:
+        mixed = jnp.where(jnp.any(mask, axis=-1)[..., None, None], mixed, 0)
+    if not weights:
+        return Attended(mixed, None)
+    softmax = jax.nn.softmax(logits, axis=-1)  # [B, H, Q, K]
+    return Attended(mixed, softmax if mask is None else jnp.where(mask[:, None], softmax, 0.0))
 
 
 def attention(
@@ -133,3 +131,36 @@ def attention(
 ) -> Float[Array, "batch queries heads head_dim"]:
     """:func:`attend` where only the mixed values matter."""
     return attend(query, key, value, interval).mixed
+
+
+@jax.custom_vjp
+def _mix(
+    logits: Float[Array, "batch groups queries keys"], value: Float[Array, "batch groups keys head_dim"]
+) -> Float[Array, "batch groups queries head_dim"]:
+    """``softmax(logits) @ value``, divided by the softmax's sum after the product, where there is less to divide.
+
+    Its gradient takes the row sums of the softmax's own gradient from the output ("FlashAttention", arXiv 2205.14135,
+    appendix B.2), so that of the logits' size one array is kept, in the type of the values.
+    """
+    return _mix_forward(logits, value)[0]
+
+
+def _mix_forward(logits: jax.Array, value: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    exponentials = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    total = jnp.sum(exponentials, axis=-1, keepdims=True)  # [B, G, Q, 1]
+    shares = exponentials.astype(value.dtype)
+    mixed = jnp.einsum("bgqk,bgkd->bgqd", shares, value, preferred_element_type=jnp.float32) / total
+    mixed = mixed.astype(value.dtype)
+    return mixed, (shares, total, value, mixed)
+
+
+def _mix_backward(kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    shares, total, value, mixed = kept
+    gradient = gradient / total  # [B, G, Q, D], float32
+    inner = jnp.sum(gradient * mixed, axis=-1, keepdims=True)
+    gradient = gradient.astype(value.dtype)
+    by_share = jnp.einsum("bgqd,bgkd->bgqk", gradient, value, preferred_element_type=jnp.float32)
+    return shares * (by_share - inner), jnp.einsum("bgqk,bgqd->bgkd", shares, gradient)
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
