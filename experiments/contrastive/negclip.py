@@ -95,7 +95,7 @@ def _scenes(vendors: str, count: int, kind: str) -> Config:
 
 
 def _few(vendors: str) -> Config:
-    """The thirty concepts [1300:1330], most of them animals, of each vendor that has them in the same places."""
+    """The thirty animals that are concepts [1300:1330] of each vendor that has all of them."""
     return spec(TFDS, directory="bundled:emoji1594/1.0.0", split="+".join(
         f"{vendor}[1300:1330]" for vendor in vendors.split("+") if vendor not in ("noto_v1", "emojione")
     ))  # fmt: skip
