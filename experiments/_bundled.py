@@ -14,7 +14,20 @@ from vlpjax.data.cache import Prepared
 from vlpjax.data.pipeline import Pipeline
 from vlpjax.data.sources import TFDS, Canvases, Filter
 from vlpjax.data.tokenizers import SentencePieceTokenizer
-from vlpjax.data.transforms import Decode, FixedCaption, Normalize, Resize, Tokenize, Trim
+from vlpjax.data.transforms import (
+    ColorJitter,
+    Decode,
+    DrawCaption,
+    FixedCaption,
+    Grayscale,
+    Normalize,
+    Outline,
+    RandomAffine,
+    RandomFlip,
+    Resize,
+    Tokenize,
+    Trim,
+)
 from vlpjax.evaluators.knn import KNN
 from vlpjax.evaluators.linear_probe import LinearProbe
 from vlpjax.evaluators.retrieval import Retrieval
@@ -39,10 +52,27 @@ def prepared(drawings: Config) -> Config:
     return spec(Prepared, source=drawings, transforms=dict(decode=spec(Decode), trim=spec(Trim)))
 
 
-def tokenize(length: int) -> Config:
-    """Captions to ids with the bundled tokenizer."""
+def augmentation(size: int) -> dict[str, Config]:
+    """What drawings bear without becoming others, from the decoded picture to ``size`` pixels."""
+    return dict(
+        flip=spec(RandomFlip),
+        affine=spec(RandomAffine, rotate=8.0, translate=0.05, scale=(0.85, 1.15), shear=3.0),
+        resize=spec(Resize, size=size, resample="bilinear"),
+        outline=spec(Outline, probability=0.3),
+        jitter=spec(ColorJitter, brightness=0.15, contrast=0.3, saturation=0.5, hue=0.075, probability=0.8),
+        grayscale=spec(Grayscale, probability=0.12),
+    )
+
+
+def caption(template: str = "{}") -> Config:
+    """The name, or some of the keywords."""
+    return spec(DrawCaption, weights=(0.8, 0.2), max_parts=4, templates=(template,))
+
+
+def tokenize(length: int, **fields: Any) -> Config:
+    """Captions to ids with the bundled tokenizer, which has no start token."""
     tokenizer = spec(SentencePieceTokenizer, path="bundled:emoji1594.spm.model")
-    return spec(Tokenize, tokenizer=tokenizer, length=length, lower=True)
+    return spec(Tokenize, tokenizer=tokenizer, length=length, lower=True, **fields)
 
 
 def normalize() -> Config:
@@ -66,7 +96,7 @@ def train(
 def images(vendors: str, size: int, concepts: str = "all") -> Config:
     """Drawings with their labels (fields ``image`` and ``label``), once and in order."""
     steps = dict(resize=spec(Resize, size=size, resample="bilinear"), normalize=normalize())
-    return _once(prepared(source(vendors, concepts)), steps, ("image", "label"))
+    return once(prepared(source(vendors, concepts)), steps, ("image", "label"))
 
 
 def pairs(
@@ -81,12 +111,12 @@ def pairs(
         tokenize=tokenize(length),
         normalize=normalize(),
     )
-    return _once(source(vendor, concepts), steps, ("image", "text"))
+    return once(source(vendor, concepts), steps, ("image", "text"))
 
 
-def retrieval(size: int, length: int) -> Config:
+def retrieval(size: int, length: int, caption: Config | None = None) -> Config:
     """Retrieval among the drawings of the vendor that was never trained on."""
-    return spec(Retrieval, data=pairs(UNSEEN, size, length), title="held-out style")
+    return spec(Retrieval, data=pairs(UNSEEN, size, length, caption=caption), title="held-out style")
 
 
 def knn(size: int, **fields: Any) -> Config:
@@ -117,7 +147,7 @@ def segmentation(size: int, **fields: Any) -> Config:
     def canvases(vendors: str, count: int) -> Config:
         drawings = spec(Canvases, source=source(vendors), count=count, size=size)
         steps = dict(decode=spec(Decode), normalize=normalize())
-        return _once(drawings, steps, ("image", "label_map"))
+        return once(drawings, steps, ("image", "label_map"))
 
     return spec(
         PatchSegmentation,
@@ -128,7 +158,8 @@ def segmentation(size: int, **fields: Any) -> Config:
     )
 
 
-def _once(drawings: Config, transforms: Mapping[str, Any], keep: tuple[str, ...]) -> Config:
+def once(drawings: Config, transforms: Mapping[str, Any], keep: tuple[str, ...]) -> Config:
+    """A finite pipeline, in order."""
     return spec(
         Pipeline,
         source=drawings,

@@ -10,11 +10,12 @@ drawings of a vendor that is never trained on.
 
 from __future__ import annotations
 
-from experiments._bundled import VOCABULARY, normalize, tokenize, train
+from experiments._bundled import VOCABULARY, augmentation, caption, normalize, retrieval, tokenize, train
 from experiments.contrastive import clip
+from experiments.contrastive.coca import START
 from experiments.self_supervised._views import chain, numbered
 from vlpjax.config import Config, spec
-from vlpjax.data.transforms import RandomFlip, Views
+from vlpjax.data.transforms import FixedCaption, RandomFlip, Views
 from vlpjax.models.coca import CaptionDecoder, UnimodalText
 from vlpjax.models.vit import ViT
 from vlpjax.objectives.captioning import Captioning
@@ -57,18 +58,19 @@ def get_config() -> Config:
         ),
     )  # fmt: skip
     config.teachers.ema = spec(EMA, towers=("image", "dino_head"), decay=0.97, final_decay=1.0)
-    weak = clip.augmentation()
+    weak = augmentation(SIZE)
     weak.pop("flip")  # which sides a caption names is known before the views are made
     crops = {name: chain(SIZE, (0.3, 1.0), normalize=normalize(), flip=False) for name in GLOBAL}
     crops |= {name: chain(LOCAL_SIZE, (0.1, 0.4), normalize=normalize(), flip=False) for name in LOCAL}
     config.data.train = train(
         dict(
             flip=spec(RandomFlip),
-            caption=clip.caption(),
+            caption=caption(START),
             tokenize=tokenize(LENGTH),
             views=spec(Views, views=dict(image=dict(**weak, normalize=normalize()), **crops)),
         ),
         keep=("image", "text", "label", *GLOBAL, *LOCAL),
         batch_size=128,
     )
+    config.evaluators.style = retrieval(SIZE, LENGTH, spec(FixedCaption, template=START))
     return config

@@ -5,19 +5,10 @@ python -m vlpjax.main --config=experiments/quickstart.py --workdir=runs/quicksta
 
 from __future__ import annotations
 
-from experiments._bundled import SEEN, UNSEEN, VOCABULARY, normalize, pairs, prepared, source, tokenize
+from experiments import _bundled
+from experiments._bundled import UNSEEN, VOCABULARY, normalize, pairs, tokenize
 from vlpjax.config import Config, spec
-from vlpjax.data.pipeline import Pipeline
-from vlpjax.data.transforms import (
-    ColorJitter,
-    DrawCaption,
-    Grayscale,
-    Outline,
-    RandomAffine,
-    RandomFlip,
-    Resize,
-    TranslatedName,
-)
+from vlpjax.data.transforms import TranslatedName
 from vlpjax.evaluators.retrieval import Retrieval
 from vlpjax.evaluators.zeroshot import ZeroShot
 from vlpjax.experiment import base_config
@@ -69,24 +60,16 @@ def get_config(split: str = "style") -> Config:
     )
     # Several vendors draw the same concept: in one batch they are positives of one another, not negatives.
     config.objectives = dict(clip=dict(weight=1.0, loss=spec(InfoNCE, same="label", temperature=0.04)))
-    config.data.train = spec(
-        Pipeline,
-        source=prepared(source(SEEN, _concepts(split, held_out=False))),
-        transforms=dict(
-            flip=spec(RandomFlip),
-            affine=spec(RandomAffine, rotate=8.0, translate=0.05, scale=(0.85, 1.15), shear=3.0),
-            resize=spec(Resize, size=SIZE, resample="bilinear"),
-            outline=spec(Outline, probability=0.3),
-            jitter=spec(
-                ColorJitter, brightness=0.15, contrast=0.3, saturation=0.5, hue=0.075, probability=0.8
-            ),
-            grayscale=spec(Grayscale, probability=0.12),
-            caption=spec(DrawCaption, weights=(0.8, 0.2), max_parts=4),
+    config.data.train = _bundled.train(
+        dict(
+            **_bundled.augmentation(SIZE),
+            caption=_bundled.caption(),
             tokenize=tokenize(length),
             normalize=normalize(),
         ),
-        batch_size=128,
         keep=("image", "text", "label"),
+        batch_size=128,
+        concepts=_concepts(split, held_out=False),
     )
     config.optimizer = spec(
         Optimizer,

@@ -82,14 +82,6 @@ class Experiment:
         """The gradient transformation for these parameters (shapes are enough)."""
         return self.optimizer.make(params, self.durations)
 
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        """Per tower name, the interval that its parameters are clipped to after every update."""
-        return {
-            head_name(name, head): interval
-            for name, (_, objective) in self.objectives.items()
-            for head, interval in objective.bounds().items()
-        }
-
     def constraints(self) -> dict[str, Callable[[Any], Any]]:
         """Per tower name, what its parameters pass through after every update."""
         return {

@@ -20,7 +20,7 @@ from vlpjax.experiment import Experiment
 from vlpjax.mesh import Layout
 from vlpjax.models.towers import Towers
 from vlpjax.objectives.base import BatchCoupled, Context, Loss, fold_name
-from vlpjax.rules import map_with_names, tree_names
+from vlpjax.rules import tree_names
 from vlpjax.state import TrainState, state_shardings
 
 Batch = Mapping[str, jax.Array]
@@ -88,7 +88,7 @@ def train_step(
     if param_shardings is not None:
         grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, param_shardings)
     updates, optimizer = experiment.make_optimizer(state.params).update(grads, state.optimizer, state.params)
-    params = _clip(optax.apply_updates(state.params, updates), experiment.bounds())
+    params = optax.apply_updates(state.params, updates)
     for name, constraint in experiment.constraints().items():
         params = {**params, name: constraint(params[name])}
     progress = (state.step + 1) / (experiment.durations.total_steps or 1)
@@ -276,14 +276,6 @@ def _trained(experiment: Experiment, grads: Any) -> list[jax.Array]:
     factors = experiment.optimizer.factors(grads)
     named = zip(tree_names(grads), jax.tree.leaves(grads), strict=True)
     return [grad for name, grad in named if factors[name][0] is not None]
-
-
-def _clip(params: Any, bounds: Mapping[str, tuple[float, float]]) -> Any:
-    def clip(name: str, value: jax.Array) -> jax.Array:
-        tower = name.partition("/")[0]
-        return jnp.clip(value, *bounds[tower]) if tower in bounds else value
-
-    return map_with_names(clip, params)
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

@@ -76,7 +76,7 @@ def declared(size: int, length: int, examples: int = PAIRS, **more: str) -> dict
     return dict(example=example, examples=examples)
 
 
-def zero_shot(size: int, tokens: Config, pixels: Config | None = None) -> Config:
+def zero_shot(size: int, tokens: Config, pixels: Config | None = None, **fields: Any) -> Config:
     """ImageNet by class names put into seven templates."""
     data = spec(
         Pipeline,
@@ -100,6 +100,7 @@ def zero_shot(size: int, tokens: Config, pixels: Config | None = None) -> Config
         name="class_name",
         every="1 epoch",
         title="ImageNet, zero-shot",
+        **fields,
     )
 
 

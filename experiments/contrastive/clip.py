@@ -4,29 +4,34 @@ python -m vlpjax.main --config=experiments/contrastive/clip.py --workdir=runs/cl
 
 ``small`` needs nothing but this package: bundled drawings of 32 px.  ``clip.py:paper`` is open_clip's ViT-B/32 on
 LAION-400M, whose files it names; it needs some hundred accelerators.
+
+``--config=experiments/contrastive/clip.py:small,teacher=runs/clip`` also learns from the similarities that a run of
+the same towers sees between the images and texts of a batch ("CLIP with Quality Captions", arXiv 2405.08911).
 """
 
 from __future__ import annotations
 
 import optax
 
-from experiments._bundled import VOCABULARY, knn, normalize, retrieval, tokenize, train
+from experiments._bundled import (
+    VOCABULARY,
+    augmentation,
+    caption,
+    knn,
+    normalize,
+    retrieval,
+    tokenize,
+    train,
+)
 from experiments.contrastive import _web
 from vlpjax.config import Config, spec
-from vlpjax.data.transforms import (
-    ColorJitter,
-    DrawCaption,
-    Grayscale,
-    Outline,
-    RandomAffine,
-    RandomFlip,
-    Resize,
-)  # fmt: skip
 from vlpjax.experiment import base_config
 from vlpjax.models.text import TextTransformer
 from vlpjax.models.vit import ViT
 from vlpjax.objectives.contrastive import InfoNCE
+from vlpjax.objectives.distillation import SimilarityDistillation
 from vlpjax.optim.optimizer import Optimizer, Schedule
+from vlpjax.teachers import Teacher
 
 SIZES = ("small", "paper")
 SYSTEM = dict(
@@ -39,8 +44,14 @@ SYSTEM = dict(
 SIZE, LENGTH = 32, 12
 
 
-def get_config(size: str = "small") -> Config:
-    return small() if size == "small" else paper()
+def get_config(size: str = "small", teacher: str = "") -> Config:
+    config = small() if size == "small" else paper()
+    if teacher:
+        config.teachers.best = spec(Teacher, towers=("image", "text"), checkpoint=teacher)
+        config.objectives.distill = dict(
+            weight=1.0, loss=spec(SimilarityDistillation, teachers=("best",), scale_of="clip")
+        )
+    return config
 
 
 def small() -> Config:
@@ -51,7 +62,7 @@ def small() -> Config:
     config.towers = dict(image=small_image(), text=small_text())
     config.objectives = dict(clip=dict(weight=1.0, loss=spec(InfoNCE, same="label", temperature=0.04)))
     config.data.train = train(
-        dict(**augmentation(), caption=caption(), tokenize=tokenize(LENGTH), normalize=normalize()),
+        dict(**augmentation(SIZE), caption=caption(), tokenize=tokenize(LENGTH), normalize=normalize()),
         keep=("image", "text", "label"),
         batch_size=128,
     )
@@ -76,23 +87,6 @@ def small_text() -> Config:
     """A text transformer for names of a few words."""
     return spec(
         TextTransformer, vocabulary=VOCABULARY, length=LENGTH, width=128, depth=1, heads=4, embedding=128
-    )
-
-
-def caption() -> Config:
-    """The name, or some of the keywords."""
-    return spec(DrawCaption, weights=(0.8, 0.2), max_parts=4)
-
-
-def augmentation() -> dict[str, Config]:
-    """What drawings bear without becoming others, from the decoded picture to 32 px."""
-    return dict(
-        flip=spec(RandomFlip),
-        affine=spec(RandomAffine, rotate=8.0, translate=0.05, scale=(0.85, 1.15), shear=3.0),
-        resize=spec(Resize, size=SIZE, resample="bilinear"),
-        outline=spec(Outline, probability=0.3),
-        jitter=spec(ColorJitter, brightness=0.15, contrast=0.3, saturation=0.5, hue=0.075, probability=0.8),
-        grayscale=spec(Grayscale, probability=0.12),
     )
 
 

@@ -2,22 +2,26 @@
 
 python -m vlpjax.main --config=experiments/contrastive/coca.py --workdir=runs/coca
 
-``small`` needs nothing but this package: bundled drawings of 32 px.  ``coca.py:paper`` has the towers of open_clip's
-coca_ViT-L-14 and the paper's batch and schedule; AdamW stands for Adafactor.
+``small`` needs nothing but this package: bundled drawings of 32 px.  Its tokenizer has no start token, so all captions
+begin with the same word, after which the decoder is asked for the first word of the name.  ``coca.py:paper`` has the
+towers of open_clip's coca_ViT-L-14 and the paper's batch, optimizer and schedule; chosen here is LAION-400M, because
+the paper's data are not public.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from experiments._bundled import VOCABULARY
+from experiments._bundled import VOCABULARY, caption, retrieval
 from experiments.contrastive import _web
 from experiments.contrastive import clip as clip_experiment
 from vlpjax.config import Config, spec
+from vlpjax.data.transforms import FixedCaption
 from vlpjax.models.coca import CaptionDecoder, PooledImage, UnimodalText
 from vlpjax.models.vit import ViT
 from vlpjax.objectives.captioning import Captioning
 from vlpjax.objectives.contrastive import InfoNCE
+from vlpjax.optim.adafactor import adafactor
 
 SIZES = ("small", "paper")
 SYSTEM = dict(
@@ -28,6 +32,7 @@ SYSTEM = dict(
     measured="not measured yet",
 )
 LENGTH = 76  # the class token of the text is the 77th
+START = "a {}"  # the captioning loss asks for every word but the first
 SCHEDULE = "500_000 steps"
 
 
@@ -60,6 +65,10 @@ def small() -> Config:
         decoder=spec(CaptionDecoder, vocabulary=VOCABULARY, depth=1, heads=4),
     )  # fmt: skip
     config.objectives = objectives(spec(InfoNCE, same="label", temperature=0.04))
+    config.data.train.transforms.caption = caption(START)
+    config.evaluators.style = retrieval(
+        clip_experiment.SIZE, clip_experiment.LENGTH, spec(FixedCaption, template=START)
+    )
     return config
 
 
@@ -89,7 +98,8 @@ def paper() -> Config:
     config.data.example.text = f"int32[{LENGTH}]"
     config.data.train.batch_size = 65_536
     config.data.train.transforms.tokenize = _web.tokenize(LENGTH, field="text")
-    config.optimizer = _web.adamw(8e-4, 0.01, "2%", b2=0.999, eps=1e-8)
+    config.optimizer = _web.adamw(8e-4, 0.01, "2%")
+    config.optimizer.direction = spec(adafactor, b2=0.999)
     config.optimizer.schedule.decay = "linear"
     config.evaluators = dict(imagenet=_web.zero_shot(224, _web.tokenize(LENGTH)))
     return config

@@ -5,7 +5,7 @@ Both work on one device or on a mesh.  Objectives are called ``loss``, teachers 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,16 @@ class Compared:
     heads: Any  # gradients by the student's heads
     teacher: Any  # gradients by the teacher's heads
 
+    @property
+    def gradients(self) -> tuple[Any, Any]:
+        """By the features and by the student's heads."""
+        return self.features, self.heads
+
+
+def scalars(**heads: float) -> Any:
+    """Variables of heads that are one number each."""
+    return {"params": {head_name("loss", name): {"value": jnp.float32(x)} for name, x in heads.items()}}
+
 
 def head_variables(objective: BatchCoupled, features: Any, seed: int = 0) -> Any:
     """First parameters and statistics of an objective's heads."""
@@ -65,7 +75,26 @@ def compared(
     """One comparison and all its gradients; without ``variables`` the heads are new, the teacher's are the same."""
     variables = head_variables(objective, features) if variables is None else variables
     teacher = variables if teacher is None else teacher
-    variables, teacher = {"params": {}, **variables}, {"params": {}, **teacher}
+    examples = (features, dict(batch or {}))
+    if layout is not None:
+        examples = jax.device_put(examples, layout.sharding("batch"))
+    function = comparison(objective, variables, teacher, state=state, step=step, layout=layout)
+    params, teacher_params = ({"params": {}, **each}["params"] for each in (variables, teacher))
+    grads, loss = jax.jit(function)(examples[0], params, teacher_params, examples[1])
+    return Compared(loss, *grads)
+
+
+def comparison(
+    objective: BatchCoupled,
+    variables: Any,
+    teacher: Any = None,
+    *,
+    state: Any = None,
+    step: int = 0,
+    layout: Layout | None = None,
+) -> Callable[..., Any]:
+    """The function from features, both heads' parameters and batch to gradients and loss; to be jitted."""
+    variables, teacher = {"params": {}, **variables}, {"params": {}, **(teacher or variables)}
     towers = Towers.of({head_name("loss", name): head for name, head in objective.heads().items()})
 
     def value(features: Any, params: Any, teacher_params: Any, batch: Any) -> tuple[jax.Array, Loss]:
@@ -85,11 +114,18 @@ def compared(
         with layout.activate():
             return jax.grad(value, argnums=(0, 1, 2), has_aux=True)(*arguments)
 
-    examples = (features, dict(batch or {}))
-    if layout is not None:
-        examples = jax.device_put(examples, layout.sharding("batch"))
-    grads, loss = jax.jit(whole)(examples[0], variables["params"], teacher["params"], examples[1])
-    return Compared(loss, *grads)
+    return whole
+
+
+def slope(formula: Callable[..., float], features: Mapping[str, Any], name: str, direction: Any) -> float:
+    """The derivative of a formula of float64 features along a direction of one of them."""
+    step = 1e-5
+    ends = []
+    for sign in (1, -1):
+        moved = {key: np.asarray(value, np.float64) for key, value in features.items()}
+        moved[name] = moved[name] + sign * step * direction
+        ends.append(formula(**moved))
+    return (ends[0] - ends[1]) / (2 * step)
 
 
 def _context(

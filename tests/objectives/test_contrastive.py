@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,11 +11,11 @@ import numpy as np
 import optax
 import pytest
 
+from tests.objectives.rig import Compared, compared, comparison, scalars, slope
 from tests.tiny import assert_trees_close, layout_of, model_config, take_steps, unit
 from vlpjax.config import spec
 from vlpjax.mesh import Layout
-from vlpjax.models.towers import Towers
-from vlpjax.objectives.base import Context, Loss, head_name, normalize
+from vlpjax.objectives.base import normalize
 from vlpjax.objectives.contrastive import Contrastive, InfoNCE, Sigmoid
 
 B, E = 16, 6
@@ -27,30 +26,10 @@ SCALE, BIAS = 7.0, -2.0
 HEADS = {"logit_scale": np.log(SCALE), "logit_bias": BIAS}
 
 
-def evaluate(objective: Contrastive, layout: Layout | None = None) -> tuple[Loss, Any]:
+def evaluate(objective: Contrastive, layout: Layout | None = None) -> Compared:
     """The loss, and its gradients by both features and all heads, on one device or on a mesh."""
-    towers = Towers.of({head_name("clip", name): head for name, head in objective.heads().items()})
-    params = {head_name("clip", name): {"value": jnp.float32(HEADS[name])} for name in objective.heads()}
-
-    def compare(features: Any, params: Any, labels: jax.Array) -> tuple[jax.Array, Loss]:
-        def run(towers: Towers) -> Loss:
-            context = Context(towers, {"label": labels}, jax.random.key(0), jnp.int32(0), objective="clip")
-            return objective.compare(features, context)
-
-        loss = towers.apply({"params": params}, method=run)
-        return loss.value, loss
-
-    def whole(features: Any, params: Any, labels: jax.Array) -> Any:
-        if layout is None:
-            return jax.grad(compare, argnums=(0, 1), has_aux=True)(features, params, labels)
-        with layout.activate():
-            return jax.grad(compare, argnums=(0, 1), has_aux=True)(features, params, labels)
-
-    features, labels = FEATURES, LABELS
-    if layout is not None:
-        features, labels = jax.device_put((features, labels), layout.sharding("batch"))
-    grads, loss = jax.jit(whole)(features, params, labels)
-    return loss, grads
+    heads = scalars(**{name: HEADS[name] for name in objective.heads()})
+    return compared(objective, FEATURES, heads, batch={"label": LABELS}, layout=layout)
 
 
 def positives(same: bool) -> np.ndarray:
@@ -91,66 +70,44 @@ CASES: dict[str, tuple[Contrastive, Callable[[Any, Any, float, float], float]]] 
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradient_are_those_of_the_formula(name: str) -> None:
     objective, formula = CASES[name]
-    loss, (features, heads) = evaluate(objective)
-    image, text = (FEATURES[side].astype(np.float64) for side in ("image", "text"))
-    np.testing.assert_allclose(loss.value, formula(image, text, SCALE, BIAS), rtol=1e-5)
+    found = evaluate(objective)
+    where = {**FEATURES, "logit_scale": np.log(SCALE), "logit_bias": BIAS}
 
-    step, rng = 1e-5, np.random.default_rng(1)
-    for side in ("image", "text"):  # along a random direction
+    def value(image: Any, text: Any, logit_scale: Any, logit_bias: Any) -> float:
+        return formula(image, text, np.exp(logit_scale), logit_bias)
+
+    np.testing.assert_allclose(found.loss.value, value(**where), rtol=1e-5)
+    rng = np.random.default_rng(1)
+    for side in FEATURES:
         direction = rng.normal(size=(B, E))
-        ends = []
-        for sign in (1, -1):
-            moved = {"image": image, "text": text}
-            moved[side] = moved[side] + sign * step * direction
-            ends.append(formula(moved["image"], moved["text"], SCALE, BIAS))
-        np.testing.assert_allclose(
-            np.sum(features[side] * direction), (ends[0] - ends[1]) / (2 * step), rtol=1e-3
-        )
-    ends = [formula(image, text, SCALE * np.exp(sign * step), BIAS) for sign in (1, -1)]
-    np.testing.assert_allclose(
-        heads["clip_logit_scale"]["value"], (ends[0] - ends[1]) / (2 * step), rtol=1e-3
-    )
-    if "clip_logit_bias" in heads:
-        ends = [formula(image, text, SCALE, BIAS + sign * step) for sign in (1, -1)]
-        np.testing.assert_allclose(
-            heads["clip_logit_bias"]["value"], (ends[0] - ends[1]) / (2 * step), rtol=1e-3
-        )
+        expected = slope(value, where, side, direction)
+        np.testing.assert_allclose(np.sum(found.features[side] * direction), expected, rtol=1e-3)
+    for head in objective.heads():
+        expected = slope(value, where, head, 1.0)
+        np.testing.assert_allclose(found.heads[f"loss_{head}"]["value"], expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["info_nce_smooth", "sigmoid_same"])
 def test_value_and_all_gradients_are_the_same_on_eight_devices(name: str) -> None:
     objective = CASES[name][0]
     one, eight = evaluate(objective), evaluate(objective, layout_of(8, replica=2, fsdp=4))
-    np.testing.assert_allclose(eight[0].value, one[0].value, rtol=1e-6)
-    assert_trees_close(eight[1], one[1], rtol=1e-5, atol=1e-7)
-    assert_trees_close(dict(eight[0].metrics), dict(one[0].metrics), rtol=1e-6)
+    np.testing.assert_allclose(eight.loss.value, one.loss.value, rtol=1e-6)
+    assert_trees_close(eight.gradients, one.gradients, rtol=1e-5, atol=1e-7)
+    assert_trees_close(dict(eight.loss.metrics), dict(one.loss.metrics), rtol=1e-6)
 
 
 def test_logits_are_never_whole_on_one_device() -> None:
-    layout = layout_of(8)
-    towers = Towers.of({"clip_logit_scale": InfoNCE().heads()["logit_scale"]})
-
-    def compare(features: Any) -> jax.Array:
-        with layout.activate():
-
-            def run(towers: Towers) -> jax.Array:
-                return (
-                    InfoNCE()
-                    .compare(features, Context(towers, {}, jax.random.key(0), jnp.int32(0), objective="clip"))
-                    .value
-                )
-
-            return towers.apply({"params": {"clip_logit_scale": {"value": jnp.float32(0)}}}, method=run)
-
+    layout, heads = layout_of(8), scalars(logit_scale=0.0)
     placed = jax.device_put(FEATURES, layout.sharding("batch"))
-    text = jax.jit(jax.grad(compare)).lower(placed).compile().as_text()
+    function = jax.jit(comparison(InfoNCE(), heads, layout=layout))
+    text = function.lower(placed, heads["params"], heads["params"], {}).compile().as_text()
     assert f"f32[{B // 8},{B}]" in text
     assert f"f32[{B},{B}]" not in text
     assert f"f32[{B},{E}]" in text  # what is gathered are features
 
 
 def test_accuracy_counts_any_positive() -> None:
-    loss, _ = evaluate(InfoNCE(same="label"))
+    loss = evaluate(InfoNCE(same="label")).loss
     best = np.argmax(FEATURES["image"] @ FEATURES["text"].T, axis=1)
     np.testing.assert_allclose(loss.metrics["accuracy"], np.mean(LABELS[best] == LABELS))
     np.testing.assert_allclose(loss.metrics["scale"], SCALE, rtol=1e-6)
@@ -173,7 +130,6 @@ def test_initial_temperatures_are_the_papers() -> None:
     assert InfoNCE().heads()["logit_scale"].initial == pytest.approx(np.log(1 / 0.07))
     assert Sigmoid().heads()["logit_scale"].initial == pytest.approx(np.log(10))
     assert Sigmoid().heads()["logit_bias"].initial == -10.0
-    assert replace(InfoNCE(), max_scale=50.0).bounds() == {"logit_scale": (0.0, pytest.approx(np.log(50.0)))}
 
 
 def test_normalize_keeps_zero_rows_with_a_finite_gradient() -> None:

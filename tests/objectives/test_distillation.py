@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from tests.objectives.comparing import compared
+from tests.objectives.rig import Compared, compared, scalars, slope
 from tests.tiny import (
+    ROOT,
     assert_trees_close,
     experiment_of,
     layout_of,
@@ -18,7 +20,7 @@ from tests.tiny import (
     take_steps,
     unit,
 )  # fmt: skip
-from vlpjax.config import spec
+from vlpjax.config import load, spec
 from vlpjax.errors import UserError
 from vlpjax.objectives.contrastive import InfoNCE
 from vlpjax.objectives.distillation import SimilarityDistillation
@@ -64,79 +66,69 @@ def formula(
     return total / (B * len(pairs))
 
 
+def fixed(features: Any, temperature: float = 0.2, **fields: Any) -> Compared:
+    """The comparison with a scale that is not learned."""
+    objective = SimilarityDistillation(temperature=temperature, learned=False, **fields)
+    return compared(objective, features, scalars())
+
+
 @pytest.mark.parametrize("divergence", ["ce", "kl"])
 def test_two_teachers_of_other_widths_are_averaged_after_the_softmax(divergence: str) -> None:
-    objective = SimilarityDistillation(
-        teachers=("one",),
-        stored=(("a", "b"),),
-        temperature=0.2,
-        teacher_temperature=0.1,
-        divergence=divergence,
+    found = fixed(
+        FEATURES, teachers=("one",), stored=(("a", "b"),), teacher_temperature=0.1, divergence=divergence
     )
-    loss, grads, _ = compared(objective, FEATURES)
     cross = (("image", "text"), ("text", "image"))
-    np.testing.assert_allclose(
-        loss.value, formula(FEATURES, cross, 0.2, 0.1, kl=divergence == "kl"), rtol=1e-5
-    )
+
+    def value(image: Any, text: Any) -> float:
+        features = FEATURES | {"student": {"image": image, "text": text}}
+        return formula(features, cross, 0.2, 0.1, kl=divergence == "kl")
+
+    np.testing.assert_allclose(found.loss.value, value(**FEATURES["student"]), rtol=1e-5)
     direction = RNG.normal(size=(B, 6))
-    ends = []
-    for sign in (1, -1):
-        moved = FEATURES["student"] | {
-            "text": FEATURES["student"]["text"].astype(np.float64) + sign * 1e-5 * direction
-        }
-        ends.append(formula(FEATURES | {"student": moved}, cross, 0.2, 0.1))
-    np.testing.assert_allclose(
-        np.sum(grads["student"]["text"] * direction), (ends[0] - ends[1]) / 2e-5, rtol=1e-3
-    )
+    expected = slope(value, FEATURES["student"], "text", direction)
+    np.testing.assert_allclose(np.sum(found.features["student"]["text"] * direction), expected, rtol=1e-3)
     for name in ("teacher_one", "stored_0"):
-        assert not any(np.any(x) for x in jax.tree.leaves(grads[name]))
+        assert not any(np.any(x) for x in jax.tree.leaves(found.features[name]))
 
 
 def test_relations_within_a_modality_leave_out_the_diagonal() -> None:
-    objective = SimilarityDistillation(
-        teachers=("one",), pairs=SAME, temperature=0.2, teacher_temperature=0.2
-    )
     features = {name: FEATURES[name] for name in ("student", "teacher_one")}
-    loss, _, _ = compared(objective, features)
-    np.testing.assert_allclose(loss.value, formula(features, SAME, 0.2, 0.2, own=False), rtol=1e-5)
-    whole, _, _ = compared(
-        SimilarityDistillation(
-            teachers=("one",), pairs=SAME, temperature=0.2, teacher_temperature=0.2, own=True
-        ),
-        features,
-    )
-    np.testing.assert_allclose(whole.value, formula(features, SAME, 0.2, 0.2), rtol=1e-5)
-    assert abs(whole.value - loss.value) > 1e-3
+    values = {}
+    for own in (False, True):
+        loss = fixed(features, teachers=("one",), pairs=SAME, teacher_temperature=0.2, own=own).loss
+        np.testing.assert_allclose(loss.value, formula(features, SAME, 0.2, 0.2, own=own), rtol=1e-5)
+        values[own] = float(loss.value)
+    assert abs(values[True] - values[False]) > 1e-3
 
 
 def test_the_same_on_eight_devices() -> None:
     objective = SimilarityDistillation(
-        teachers=("one",), stored=(("a", "b"),), pairs=(("image", "text"), ("image", "image")), learned=True
+        teachers=("one",), stored=(("a", "b"),), pairs=(("image", "text"), ("image", "image"))
     )
-    arguments = (objective, FEATURES, None, {"logit_scale": 1.0})
-    one, eight = compared(*arguments), compared(*arguments, layout_of(8, replica=2, fsdp=4))
-    np.testing.assert_allclose(eight[0].value, one[0].value, rtol=1e-5)
-    assert_trees_close(eight[1:], one[1:], rtol=1e-5, atol=1e-7)
+    one, eight = (
+        compared(objective, FEATURES, scalars(logit_scale=1.0), layout=layout)
+        for layout in (None, layout_of(8, replica=2, fsdp=4))
+    )
+    np.testing.assert_allclose(eight.loss.value, one.loss.value, rtol=1e-5)
+    assert_trees_close(eight.gradients, one.gradients, rtol=1e-5, atol=1e-7)
 
 
 def test_a_student_that_is_its_teacher_has_no_gradient_and_costs_the_entropy() -> None:
     features = {"student": FEATURES["student"], "teacher_one": FEATURES["student"]}
-    for divergence, least in (("kl", 0.0), ("ce", None)):
-        loss, grads, _ = compared(SimilarityDistillation(teachers=("one",), divergence=divergence), features)
-        expected = loss.metrics["teacher_entropy"] if least is None else least
-        np.testing.assert_allclose(loss.value, expected, atol=1e-6)
-        assert all(np.max(np.abs(x)) < 1e-6 for x in jax.tree.leaves(grads["student"]))
+    for divergence in ("kl", "ce"):
+        found = fixed(features, 0.07, teachers=("one",), divergence=divergence)
+        expected = found.loss.metrics["teacher_entropy"] if divergence == "ce" else 0.0
+        np.testing.assert_allclose(found.loss.value, expected, atol=1e-6)
+        assert all(np.max(np.abs(x)) < 1e-6 for x in jax.tree.leaves(found.features["student"]))
 
 
 @pytest.mark.parametrize("pairs", [SAME, (("image", "text"), ("text", "image"))])
 def test_a_rotation_of_all_embeddings_changes_nothing(pairs: Any) -> None:
     rotation = np.linalg.qr(RNG.normal(size=(6, 6)))[0].astype(np.float32)
     turned = {name: x @ rotation for name, x in FEATURES["teacher_one"].items()}
-    loss, _, _ = compared(
-        SimilarityDistillation(teachers=("one",), pairs=pairs),
-        {"student": turned, "teacher_one": FEATURES["teacher_one"]},
-    )
-    np.testing.assert_allclose(loss.value, 0.0, atol=1e-5)
+    features = {"student": turned, "teacher_one": FEATURES["teacher_one"]}
+    found = fixed(features, 0.07, teachers=("one",), pairs=pairs)
+    np.testing.assert_allclose(found.loss.value, 0.0, atol=1e-5)
 
 
 def test_a_frozen_teacher_of_a_run_and_accumulation() -> None:
@@ -157,6 +149,15 @@ def test_a_frozen_teacher_of_a_run_and_accumulation() -> None:
             trained.history[1], random_batch(5)
         )
     assert_trees_close(found[4][1], found[1][1], rtol=1e-4, atol=1e-6)
+
+
+def test_clip_learns_from_an_earlier_run_if_one_is_named(tmp_path: Path) -> None:
+    config = load(f"{ROOT}/experiments/contrastive/clip.py:small,teacher={tmp_path}")
+    experiment = experiment_of(config)
+    (_, distill), teacher = experiment.objectives["distill"], experiment.teachers["best"]
+    assert isinstance(distill, SimilarityDistillation) and distill.heads() == {}  # the scale is clip's
+    assert (teacher.checkpoint, teacher.towers) == (str(tmp_path), ("image", "text"))
+    assert "distill" not in load(f"{ROOT}/experiments/contrastive/clip.py").objectives
 
 
 def test_settings_that_say_nothing_are_refused() -> None:

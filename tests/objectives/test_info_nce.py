@@ -7,16 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.objectives.comparing import compared, gradient_of, slope
+from tests.objectives.rig import compared, comparison, scalars, slope
 from tests.tiny import assert_trees_close, layout_of, unit
 from vlpjax.errors import UserError
 from vlpjax.objectives.contrastive import InfoNCE
 
 B, E, SCALE = 16, 6, 7.0
+HEADS = scalars(logit_scale=np.log(SCALE))
 RNG = np.random.default_rng(0)
 FEATURES = {name: unit(RNG.normal(size=(B, E))).astype(np.float32) for name in ("image", "text")}
 CAPTIONS = unit(RNG.normal(size=(B, 2, E))).astype(np.float32)
@@ -120,95 +120,108 @@ CASES: dict[str, tuple[InfoNCE, Callable[..., float], dict[str, Any]]] = {
 def test_value_and_gradient_are_those_of_the_formula(name: str) -> None:
     objective, formula, more = CASES[name]
     features = FEATURES | more
-    loss, grads, heads = compared(objective, features, BATCH, {"logit_scale": np.log(SCALE)})
-    np.testing.assert_allclose(loss.value, formula(**features), rtol=1e-5)
+    found = compared(objective, features, HEADS, batch=BATCH)
+    np.testing.assert_allclose(found.loss.value, formula(**features), rtol=1e-5)
     for index, part in enumerate(features):
         direction = np.random.default_rng(index).normal(size=features[part].shape)
         expected = slope(formula, features, part, direction)
-        np.testing.assert_allclose(np.sum(grads[part] * direction), expected, rtol=1e-3, atol=1e-5)
-    assert np.isfinite(heads["logit_scale"])
+        np.testing.assert_allclose(np.sum(found.features[part] * direction), expected, rtol=1e-3, atol=1e-5)
+    # The scale multiplies all that images are compared with, so its slope is that along the images themselves.
+    expected = slope(formula, features, "image", np.asarray(features["image"], np.float64))
+    np.testing.assert_allclose(found.heads["loss_logit_scale"]["value"], expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["captions", "negatives", "own_negatives", "valid", "mixed"])
 def test_value_and_gradients_are_the_same_on_eight_devices(name: str) -> None:
     objective, _, more = CASES[name]
-    arguments = (objective, FEATURES | more, BATCH, {"logit_scale": np.log(SCALE)})
-    one, eight = compared(*arguments), compared(*arguments, layout_of(8, replica=2, fsdp=4))
-    assert_trees_close(eight[0].value, one[0].value, rtol=1e-6)
-    assert_trees_close(eight[1:], one[1:], rtol=1e-5, atol=1e-7)
+    one, eight = (
+        compared(objective, FEATURES | more, HEADS, batch=BATCH, layout=layout)
+        for layout in (None, layout_of(8, replica=2, fsdp=4))
+    )
+    assert_trees_close(eight.loss.value, one.loss.value, rtol=1e-6)
+    assert_trees_close(eight.gradients, one.gradients, rtol=1e-5, atol=1e-7)
+    assert_trees_close(dict(eight.loss.metrics), dict(one.loss.metrics), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [("image", "text"), ("text",)])
+def test_accuracy_is_that_of_valid_pairs_among_themselves(rows: tuple[str, ...]) -> None:
+    """Every valid query finds its own key, but for a key of no valid pair that is nearer to all."""
+    key, query = ("image", "text") if rows == ("text",) else ("text", "image")
+    features = {key: np.eye(B, dtype=np.float32), query: np.eye(B, dtype=np.float32)}
+    features[query][:, np.flatnonzero(~VALID)[0]] = 2.0
+    found = compared(InfoNCE(valid="valid_pair", rows=rows), features, HEADS, batch=BATCH)
+    assert found.loss.metrics["accuracy"] == 1.0
+    assert compared(InfoNCE(rows=rows), features, HEADS).loss.metrics["accuracy"] < 0.5
 
 
 def test_smoothing_is_spread_over_valid_columns_only() -> None:
-    loss, _, _ = compared(
-        InfoNCE(valid="valid_pair", label_smoothing=0.3), FEATURES, BATCH, {"logit_scale": np.log(SCALE)}
-    )
+    some = compared(InfoNCE(valid="valid_pair", label_smoothing=0.3), FEATURES, HEADS, batch=BATCH)
     image, text = FEATURES["image"][VALID], FEATURES["text"][VALID]
-    smooth, _, _ = compared(
-        InfoNCE(label_smoothing=0.3), {"image": image, "text": text}, None, {"logit_scale": np.log(SCALE)}
-    )
-    np.testing.assert_allclose(loss.value, smooth.value, rtol=1e-5)
+    alone = compared(InfoNCE(label_smoothing=0.3), {"image": image, "text": text}, HEADS)
+    np.testing.assert_allclose(some.loss.value, alone.loss.value, rtol=1e-5)
 
 
 def test_negatives_whose_logits_vanish_change_nothing() -> None:
-    far = -50 * np.ones((B, 1, E), np.float32) * FEATURES["image"].mean(axis=0)
     images = np.abs(FEATURES["image"])  # so that all of them are far from the negatives
-    far = np.broadcast_to(-50 * np.abs(far / np.abs(far).max()) - 1, far.shape).astype(np.float32)
     features = {"image": images, "text": FEATURES["text"]}
-    heads = {"logit_scale": np.log(SCALE)}
-    with_them, grads, _ = compared(InfoNCE(negatives=("wrong",)), features | {"negatives": far}, None, heads)
-    without, _, _ = compared(InfoNCE(), features, None, heads)
-    np.testing.assert_allclose(with_them.value, without.value, rtol=1e-6)
-    np.testing.assert_allclose(grads["negatives"], 0.0, atol=1e-6)
+    far = np.full((B, 1, E), -50, np.float32)
+    with_them = compared(InfoNCE(negatives=("wrong",)), features | {"negatives": far}, HEADS)
+    without = compared(InfoNCE(), features, HEADS)
+    np.testing.assert_allclose(with_them.loss.value, without.loss.value, rtol=1e-6)
+    np.testing.assert_allclose(with_them.features["negatives"], 0.0, atol=1e-6)
 
 
 def test_negatives_are_never_rows() -> None:
     """The texts' half does not reach them at all."""
-    objective = InfoNCE(negatives=("wrong",))
     features = FEATURES | {"negatives": NEGATIVES}
-    heads = {"logit_scale": np.log(SCALE)}
-    _, both, _ = compared(objective, features, None, heads)
-    _, images_only, _ = compared(InfoNCE(negatives=("wrong",), rows=("image",)), features, None, heads)
-    np.testing.assert_allclose(2 * both["negatives"], images_only["negatives"], rtol=1e-5, atol=1e-8)
+    both, images_only = (
+        compared(InfoNCE(negatives=("wrong",), rows=rows), features, HEADS).features["negatives"]
+        for rows in (("image", "text"), ("image",))
+    )
+    np.testing.assert_allclose(2 * both, images_only, rtol=1e-5, atol=1e-8)
 
 
 def test_equal_captions_cost_the_images_rows_the_logarithm_of_their_number() -> None:
     features = FEATURES | {"captions": np.stack([FEATURES["text"]] * 2, axis=1)}
-    heads = {"logit_scale": np.log(SCALE)}
-    three, _, _ = compared(InfoNCE(captions=("a", "b"), rows=("image",)), features, None, heads)
-    one, _, _ = compared(InfoNCE(rows=("image",)), FEATURES, None, heads)
-    np.testing.assert_allclose(three.value, one.value + np.log(3), rtol=1e-6)
+    three = compared(InfoNCE(captions=("a", "b"), rows=("image",)), features, HEADS)
+    one = compared(InfoNCE(rows=("image",)), FEATURES, HEADS)
+    np.testing.assert_allclose(three.loss.value, one.loss.value + np.log(3), rtol=1e-6)
 
 
 def test_a_mixture_of_nothing_is_the_unmixed_loss() -> None:
-    heads = {"logit_scale": np.log(SCALE)}
-    mixed, _, _ = compared(InfoNCE(mixed="share"), FEATURES, {"share": np.ones(B, np.float32)}, heads)
-    unmixed, _, _ = compared(InfoNCE(), FEATURES, None, heads)
-    np.testing.assert_allclose(mixed.value, unmixed.value, rtol=1e-6)
+    mixed = compared(InfoNCE(mixed="share"), FEATURES, HEADS, batch={"share": np.ones(B, np.float32)})
+    unmixed = compared(InfoNCE(), FEATURES, HEADS)
+    np.testing.assert_allclose(mixed.loss.value, unmixed.loss.value, rtol=1e-6)
 
 
 def test_a_fixed_scale_is_no_parameter() -> None:
     objective = InfoNCE(temperature=1 / SCALE, learned=False)
-    assert objective.heads() == {} and objective.bounds() == {}
-    loss, _, _ = compared(objective, FEATURES)
-    np.testing.assert_allclose(loss.value, plain(**FEATURES), rtol=1e-5)
+    assert objective.heads() == {} and objective.constraints() == {}
+    np.testing.assert_allclose(
+        compared(objective, FEATURES, scalars()).loss.value, plain(**FEATURES), rtol=1e-5
+    )
+    with pytest.raises(UserError, match="learned=False fixes it"):
+        InfoNCE(learned=False, scale_of="clip")
 
 
 # --- groups -----------------------------------------------------------------------------------------------------
 
 
-def test_one_group_is_the_whole_batch() -> None:
-    heads = {"logit_scale": np.log(SCALE)}
-    whole = compared(InfoNCE(), FEATURES, None, heads)
-    assert_trees_close(compared(InfoNCE(groups=1), FEATURES, None, heads)[:2], whole[:2], rtol=1e-6)
-
-
 @pytest.mark.parametrize("groups", [2, 4, 16])
 def test_groups_are_the_same_on_eight_devices(groups: int) -> None:
-    objective, heads = InfoNCE(groups=groups, label_smoothing=0.1), {"logit_scale": np.log(SCALE)}
-    one = compared(objective, FEATURES, None, heads)
-    eight = compared(objective, FEATURES, None, heads, layout_of(8, replica=2, fsdp=4))
-    assert_trees_close(eight[1:], one[1:], rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(eight[0].value, one[0].value, rtol=1e-6)
+    objective = InfoNCE(groups=groups, label_smoothing=0.1)
+    one, eight = (
+        compared(objective, FEATURES, HEADS, layout=layout)
+        for layout in (None, layout_of(8, replica=2, fsdp=4))
+    )
+    assert_trees_close(eight.gradients, one.gradients, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(eight.loss.value, one.loss.value, rtol=1e-6)
+
+
+def test_micro_batches_fill_groups_up() -> None:
+    """In four groups of a batch four times as large, an example meets as many others as it does without either."""
+    alike = {name: np.tile(FEATURES["image"][:1], (4 * B, 1)) for name in FEATURES}
+    np.testing.assert_allclose(compared(InfoNCE(groups=4), alike, HEADS).loss.value, np.log(B), rtol=1e-6)
 
 
 def test_other_groups_have_no_influence() -> None:
@@ -216,9 +229,8 @@ def test_other_groups_have_no_influence() -> None:
     changed = {
         name: np.concatenate([x[:4], unit(x[4:] ** 3)]).astype(np.float32) for name, x in FEATURES.items()
     }
-    heads = {"logit_scale": np.log(SCALE)}
-    (_, first, _), (_, second, _) = (
-        compared(InfoNCE(groups=4), features, None, heads) for features in (FEATURES, changed)
+    first, second = (
+        compared(InfoNCE(groups=4), features, HEADS).features for features in (FEATURES, changed)
     )
     for name in FEATURES:
         np.testing.assert_array_equal(first[name][:4], second[name][:4])
@@ -241,10 +253,8 @@ def gathers(groups: int) -> list[tuple[int, int]]:
     """Of each all-gather in the compiled gradient: devices per group, and numbers that a device ends up with."""
     layout = layout_of(8)
     features = jax.device_put(FEATURES, layout.sharding("batch"))
-    params = {"loss_logit_scale": {"value": jnp.float32(0)}}
-    text = (
-        jax.jit(gradient_of(InfoNCE(groups=groups), layout)).lower(features, params, {}).compile().as_text()
-    )
+    function = jax.jit(comparison(InfoNCE(groups=groups), HEADS, layout=layout))
+    text = function.lower(features, HEADS["params"], HEADS["params"], {}).compile().as_text()
     found = []
     for line in re.findall(r".* = .*all-gather\(.*", text):
         shapes = re.findall(r"f32\[([\d,]+)\]", line.partition("all-gather(")[0])
@@ -264,7 +274,7 @@ def test_features_are_gathered_inside_a_group_only() -> None:
 
 def test_settings_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(UserError, match="does not divide the batch of 16"):
-        compared(InfoNCE(groups=3), FEATURES, None, {"logit_scale": 0.0})
+        compared(InfoNCE(groups=3), FEATURES, HEADS)
     with pytest.raises(UserError, match="'image', 'text' or both"):
         InfoNCE(rows=("picture",))
     with pytest.raises(UserError, match="rows has no 'image'"):
@@ -273,4 +283,4 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
         InfoNCE(mixed="share", groups=2)
     with pytest.raises(UserError, match="6 blocks of examples do not lie evenly on 8 devices"):
         wide = {name: np.concatenate([x, x, x]) for name, x in FEATURES.items()}
-        compared(InfoNCE(groups=6), wide, None, {"logit_scale": 0.0}, layout_of(8))
+        compared(InfoNCE(groups=6), wide, HEADS, layout=layout_of(8))

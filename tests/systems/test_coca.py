@@ -10,8 +10,18 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from tests.tiny import LENGTH, SIZE, VOCABULARY, assert_trees_close, experiment_of, model_config, random_batch
-from vlpjax.config import Config, spec
+from tests.tiny import (
+    LENGTH,
+    ROOT,
+    SIZE,
+    VOCABULARY,
+    assert_trees_close,
+    experiment_of,
+    model_config,
+    random_batch,
+)
+from vlpjax.config import Config, build, load, spec
+from vlpjax.data.transforms import DrawCaption
 from vlpjax.errors import UserError
 from vlpjax.models.coca import CaptionDecoder, PooledImage, UnimodalText
 from vlpjax.models.vit import ViT
@@ -130,6 +140,24 @@ def test_both_losses_are_their_formulas_and_accumulation_is_exact(state: Any) ->
     accumulated, parts = grads_of(config_of(accumulate=4), state)
     np.testing.assert_allclose(accumulated["captions"].value, losses["captions"].value, rtol=1e-5)
     assert_trees_close(parts, grads, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("experiment", ["contrastive/coca.py", "composed.py"])
+def test_the_first_word_of_a_name_is_asked_for(experiment: str) -> None:
+    """The bundled tokenizer has no start token, so all captions begin with the same one, which is never a label."""
+    config = load(f"{ROOT}/experiments/{experiment}")
+    for steps in (config.data.train.transforms, config.evaluators.style.data.transforms):
+        caption, tokenize = build(steps.caption), build(steps.tokenize)
+        firsts, seconds = set(), set()
+        for name in ("duck", "tree", "red apple"):
+            element = {"name": name, "keywords": name}
+            if isinstance(caption, DrawCaption):
+                element = caption.random_map(element, np.random.default_rng(0))
+            else:
+                element = caption.map(element)
+            first, second = tokenize.map(element)["text"][:2].tolist()
+            firsts.add(first), seconds.add(second)
+        assert len(firsts) == 1 and len(seconds) == 3
 
 
 def test_too_long_texts_are_refused(text_variables: Any) -> None:

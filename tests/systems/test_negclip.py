@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.objectives.comparing import compared
-from tests.systems.training import trained, unit_rows
-from tests.tiny import rows_of, unit
+from tests.objectives.rig import compared, scalars
+from tests.systems.training import train, unit_rows
+from tests.tiny import ROOT, rows_of, unit
+from vlpjax.config import load, spec
 from vlpjax.data.bad import BadExample
 from vlpjax.data.sources import Scenes
 from vlpjax.data.transforms import Perturb, SwappedCaption
@@ -85,16 +86,30 @@ def test_a_perturbation_moves_only_what_it_says(kind: str) -> None:
         threes, theirs = ([x[i : i + 3] for i in range(0, len(words), 3)] for x in (ours, words))
         if kind == "within_trigrams":
             assert [sorted(three) for three in threes] == [sorted(three) for three in theirs]
-    assert (
-        len(
-            Perturb(kind, most=5)
-            .random_map({"caption": CAPTION}, np.random.default_rng(0))["perturbed"]
-            .split()
-        )
-        == 5
-    )
+
+
+def test_a_perturbation_cuts_the_right_caption_to_the_same_words() -> None:
+    found = Perturb("trigrams", most=7).random_map({"caption": CAPTION}, np.random.default_rng(0))
+    assert found["caption"].split() == CAPTION.split()[:7]
+    assert Counter(found["perturbed"].split()) == Counter(CAPTION.split()[:7])
+
+
+def test_captions_that_cannot_be_perturbed_are_bad_examples() -> None:
+    for kind, caption in (
+        ("trigrams", "a red dog"),
+        ("within_trigrams", "dog"),
+        ("nouns_adjectives", "a dog"),
+    ):
+        with pytest.raises(BadExample, match=f"{kind} leaves '{caption}' as it is"):
+            Perturb(kind).random_map({"caption": caption}, np.random.default_rng(0))
     with pytest.raises(UserError, match="within_trigrams"):
         Perturb("sideways")
+
+
+def test_the_words_of_a_probe_are_counted_after_they_were_cut() -> None:
+    order = load(f"{ROOT}/experiments/contrastive/negclip.py").evaluators.order
+    steps, (_, *perturbed) = list(order.data.transforms), order.choices
+    assert max(steps.index(kind) for kind in perturbed) < steps.index("tokenize")
 
 
 # --- scenes -----------------------------------------------------------------------------------------------------
@@ -161,12 +176,11 @@ def test_the_loss_of_pairs_with_hard_images_is_the_papers() -> None:
     """[x; x_hard] against [t; t_hard; neg(t); neg(t_hard)]: 2B x 4B logits, negatives are columns only."""
     rng, half = np.random.default_rng(0), 4
     image, text, negative = (unit(rng.normal(size=(2 * half, 5))).astype(np.float32) for _ in range(3))
-    loss, _, _ = compared(
+    loss = compared(
         InfoNCE(negatives=("negative",)),
         {"image": image, "text": text, "negatives": negative[:, None]},
-        None,
-        {"logit_scale": np.log(10.0)},
-    )
+        scalars(logit_scale=np.log(10.0)),
+    ).loss
     logits = 10.0 * image @ np.concatenate([text, negative]).T  # [2B, 4B]
     rows = -np.diag(np.asarray(jax.nn.log_softmax(logits, axis=1)))
     columns = -np.diag(np.asarray(jax.nn.log_softmax(logits.T, axis=1)))[: 2 * half]
@@ -179,9 +193,9 @@ THINGS, PATCH, STEPS, PAIRS = 30, 6, 300, 32
 LOOK = np.random.default_rng(0).normal(size=(THINGS, PATCH, PATCH, 1)).astype(np.float32)
 
 
-def pairs_of_things(key: jax.Array, count: int = PAIRS) -> dict[str, jax.Array]:
+def pairs_of_things(seed: Any, count: int = PAIRS) -> dict[str, jax.Array]:
     """Images of two things side by side, captions of two words, and the words exchanged."""
-    key_left, key_shift, key_noise = jax.random.split(key, 3)
+    key_left, key_shift, key_noise = jax.random.split(jax.random.key(seed), 3)
     left = jax.random.randint(key_left, (count,), 0, THINGS)
     right = (left + jax.random.randint(key_shift, (count,), 1, THINGS)) % THINGS
     image = jnp.concatenate([jnp.asarray(LOOK)[left], jnp.asarray(LOOK)[right]], axis=2)
@@ -194,11 +208,11 @@ def pairs_of_things(key: jax.Array, count: int = PAIRS) -> dict[str, jax.Array]:
 
 def order_and_recall(negatives: tuple[str, ...]) -> tuple[float, float]:
     """Among 256 scenes: how often the right order scores above the wrong one, and R@1."""
-    test = pairs_of_things(jax.random.key(4), 256)
-    size = (PATCH, 2 * PATCH)
-    modules = {
-        "image": ViT(image_size=size, patch=PATCH, channels=1, width=32, depth=1, heads=2, embedding=32),
-        "text": TextTransformer(THINGS + 2, 3, width=32, depth=1, heads=2, embedding=32),
+    test = pairs_of_things(10_000, 256)
+    size, both = (PATCH, 2 * PATCH), dict(width=32, depth=1, heads=2, embedding=32)
+    towers = {
+        "image": spec(ViT, image_size=size, patch=PATCH, channels=1, **both),
+        "text": spec(TextTransformer, vocabulary=THINGS + 2, length=3, **both),
     }
 
     def read(towers: Towers) -> Any:
@@ -208,8 +222,8 @@ def order_and_recall(negatives: tuple[str, ...]) -> tuple[float, float]:
         best = jnp.argmax(image @ text.T, axis=1)
         return order, jnp.mean(test["label"][best] == test["label"])
 
-    objectives = {"clip": InfoNCE(same="label", negatives=negatives)}
-    order, recall = trained(modules, objectives, pairs_of_things, read, STEPS, learning_rate=2e-3)
+    losses = {"clip": spec(InfoNCE, same="label", negatives=negatives)}
+    order, recall = train(towers, losses, pairs_of_things, STEPS).read(read)
     return float(order), float(recall)
 
 

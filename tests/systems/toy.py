@@ -7,21 +7,15 @@ point up to sign.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from flax import linen as nn
 
+from tests.systems import training
+from tests.systems.training import Trained
 from vlpjax.config import Config, spec
-from vlpjax.durations import Durations
-from vlpjax.experiment import Experiment, base_config
-from vlpjax.optim.optimizer import Optimizer, Schedule
-from vlpjax.state import TrainState
-from vlpjax.step import initial_state, train_step
 
 SIZE, CLASSES, BATCH = 12, 10, 128
 
@@ -61,18 +55,6 @@ class Net(nn.Module):
         return {"pooled": nn.Dense(self.width, name="second")(x)}
 
 
-@dataclass
-class Trained:
-    """The run's end, and its metrics, [steps] each."""
-
-    state: TrainState
-    metrics: dict[str, np.ndarray]
-
-    def last(self, name: str) -> float:
-        """The mean of a metric over the last 20 steps."""
-        return float(self.metrics[name][-20:].mean())
-
-
 def train(
     loss: Config,
     names: tuple[str, ...] = ("view1", "view2"),
@@ -80,24 +62,12 @@ def train(
     steps: int = 400,
     learning_rate: float = 3e-3,
 ) -> Trained:
-    """Trains the net under one objective called ``loss``; the whole run is one compiled program."""
-    config = base_config()
-    config.towers = dict(image=spec(Net))
-    config.objectives = dict(loss=dict(weight=1.0, loss=loss))
-    config.teachers = dict(teachers or {})
-    config.optimizer = spec(
-        Optimizer,
-        direction=spec(optax.scale_by_adam),
-        learning_rate=learning_rate,
-        schedule=spec(Schedule, warmup="5%", final=0.1),
+    """Trains the net under one objective called ``loss``."""
+    return training.train(
+        dict(image=spec(Net)),
+        dict(loss=loss),
+        lambda number: views(number, names),
+        steps,
+        learning_rate,
+        teachers=teachers,
     )
-    experiment = Experiment.from_config(config, Durations(BATCH, 10 * BATCH, steps))
-
-    def step(state: TrainState, number: jax.Array) -> tuple[TrainState, Any]:
-        return train_step(experiment, state, views(number, names))
-
-    def run() -> tuple[TrainState, Any]:
-        return jax.lax.scan(step, initial_state(experiment, views(0, names)), jnp.arange(steps))
-
-    state, metrics = jax.device_get(jax.jit(run)())
-    return Trained(state, metrics)

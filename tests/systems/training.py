@@ -1,66 +1,86 @@
-"""Small trainings for tests of learning effects: towers, objectives and generated data, in one compiled program."""
+"""Small trainings for tests of learning effects: a whole run on generated data is one compiled program."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from flax import linen as nn
 
+from vlpjax.config import Config, spec
+from vlpjax.durations import Durations
+from vlpjax.experiment import Experiment, base_config
 from vlpjax.models.towers import Towers
-from vlpjax.objectives.base import Context, Objective, head_name
+from vlpjax.optim.optimizer import Optimizer, Schedule
+from vlpjax.state import TrainState
+from vlpjax.step import initial_state, train_step
 
-Batch = dict[str, jax.Array]
+
+@dataclass
+class Trained:
+    """The run's end, and its metrics, [steps] each."""
+
+    experiment: Experiment
+    state: TrainState
+    metrics: dict[str, np.ndarray]
+
+    def last(self, name: str) -> float:
+        """The mean of a metric over the last 20 steps."""
+        return float(self.metrics[name][-20:].mean())
+
+    def read(self, function: Callable[[Towers], Any]) -> Any:
+        """What a function finds in the trained towers."""
+        variables = {"params": self.state.params, "batch_stats": self.state.statistics}
+        return jax.device_get(
+            jax.jit(lambda variables: self.experiment.towers.apply(variables, method=function))(variables)
+        )
 
 
-def trained(
-    modules: Mapping[str, nn.Module],
-    objectives: Mapping[str, Objective],
-    draw: Callable[[jax.Array], Batch],
-    read: Callable[[Towers], Any],
+def train(
+    towers: Mapping[str, Config],
+    objectives: Mapping[str, Config],
+    draw: Callable[[jax.Array], Mapping[str, jax.Array]],
     steps: int,
-    learning_rate: float = 1e-3,
-) -> Any:
-    """What ``read`` finds in the towers after ``steps`` steps of Adam on the sum of the objectives.
+    learning_rate: float = 3e-3,
+    *,
+    weights: Mapping[str, float] | None = None,
+    teachers: Mapping[str, Config] | None = None,
+) -> Trained:
+    """Trains with Adam on the sum of the objectives.
 
     Args:
-      draw: the batch of a random key.
+      draw: the batch of a step, by its number.
+      weights: of objectives, where they are not 1.
     """
-    heads = {
-        head_name(name, head): module
-        for name, objective in objectives.items()
-        for head, module in objective.heads().items()
+    config = base_config()
+    config.towers = dict(towers)
+    config.objectives = {
+        name: dict(weight=(weights or {}).get(name, 1.0), loss=loss) for name, loss in objectives.items()
     }
-    towers, optimizer = Towers.of({**modules, **heads}), optax.adam(learning_rate)
+    config.teachers = dict(teachers or {})
+    config.optimizer = spec(
+        Optimizer,
+        direction=spec(optax.scale_by_adam),
+        learning_rate=learning_rate,
+        schedule=spec(Schedule, warmup="5%", final=0.1),
+    )
+    size = jax.tree.leaves(jax.eval_shape(draw, jnp.int32(0)))[0].shape[0]
+    experiment = Experiment.from_config(config, Durations(size, 10 * size, steps))
 
-    def total(towers: Towers, batch: Batch) -> jax.Array:
-        context = Context(towers, batch, jax.random.key(0), jnp.int32(0))
-        values = [objective(context.of(name)).value for name, objective in objectives.items()]
-        return sum(values, jnp.zeros(()))
+    def step(state: TrainState, number: jax.Array) -> tuple[TrainState, Any]:
+        return train_step(experiment, state, draw(number))
 
-    def update(carry: Any, step: jax.Array) -> tuple[Any, None]:
-        params, state = carry
-        batch = draw(jax.random.fold_in(jax.random.key(1), step))
-        grads = jax.grad(lambda params: towers.apply({"params": params}, batch, method=total))(params)
-        updates, state = optimizer.update(grads, state)
-        return (optax.apply_updates(params, updates), state), None
+    def run() -> tuple[TrainState, Any]:
+        return jax.lax.scan(step, initial_state(experiment, draw(jnp.int32(0))), jnp.arange(steps))
 
-    @jax.jit
-    def run(params: Any) -> Any:
-        (params, _), _ = jax.lax.scan(update, (params, optimizer.init(params)), jnp.arange(steps))
-        return towers.apply({"params": params}, method=read)
-
-    @jax.jit
-    def start() -> Any:
-        return nn.unbox(towers.init(jax.random.key(2), draw(jax.random.key(3)), method=total))["params"]
-
-    return jax.device_get(run(start()))
+    state, metrics = jax.device_get(jax.jit(run)())
+    return Trained(experiment, state, metrics)
 
 
-def unit_rows(outputs: Mapping[str, jax.Array]) -> jax.Array:
-    """The embedding of a tower's outputs, rows of length one."""
-    z = outputs["embedding"]
-    return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+def unit_rows(outputs: Mapping[str, jax.Array], name: str = "embedding") -> jax.Array:
+    """An output of a tower, rows of length one."""
+    return outputs[name] / jnp.linalg.norm(outputs[name], axis=-1, keepdims=True)

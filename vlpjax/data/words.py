@@ -14,11 +14,12 @@ from collections.abc import Sequence
 NOUN, ADJECTIVE, ADVERB, VERB, OTHER = "noun", "adjective", "adverb", "verb", "other"
 
 
-def _words(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
+    """The words of a text."""
     return frozenset(text.split())
 
 
-_OTHER = _words("""
+_OTHER = word_set("""
     very too so quite also just only rather more most less least much many few several other own same
     a an the this that these those some any each every no all both either neither another such of in on
     at by to from with without for about above across after against along among around as before behind
@@ -29,7 +30,7 @@ _OTHER = _words("""
     being am do does did has have had can could will would shall should may might must one two three
     four five six seven eight nine ten left right
 """)
-_ADJECTIVES = _words("""
+_ADJECTIVES = word_set("""
     red green blue yellow orange purple pink brown black white grey gray golden silver dark light bright
     big small large little tiny huge tall short long wide narrow thick thin high low old young new
     modern ancient fresh hot cold warm cool wet dry clean dirty full empty open closed round square flat
@@ -38,12 +39,12 @@ _ADJECTIVES = _words("""
     lone single double wild tame sunny cloudy rainy snowy
 """)
 _ADJECTIVE_ENDINGS = ("ful", "ous", "ive", "less", "able", "ible", "ish", "ic")
-_VERBS = _words("""
+_VERBS = word_set("""
     sits stands runs walks eats plays looks holds rides lies jumps flies swims sleeps wears carries
     shows uses makes sit stand run walk eat play look hold ride lie jump fly swim sleep wear carry cross
     crosses watches
 """)
-_NOUNS = _words("""
+_NOUNS = word_set("""
     ring king thing wing string spring morning evening building ceiling clothing painting drawing family
     fish dish olive music fabric table vegetable traffic garlic magic picnic public reply jelly belly
     lily butterfly

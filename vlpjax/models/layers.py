@@ -178,6 +178,7 @@ class Attention(nn.Module):
       scale: of the logits; None is ``head_dim ** -0.5``.
       soft_cap: of the logits ("Gemma 2", arXiv 2408.00118), or None.
       depth: blocks in the tower, for the scale of the output projection's initial values.
+      value_gain: factor of the value projection's initial values.
       epsilon: of ``qk_norm``.
       dtype: compute type; parameters are float32.
     """
@@ -191,6 +192,7 @@ class Attention(nn.Module):
     scale: float | None = None
     soft_cap: float | None = None
     depth: int = 1
+    value_gain: float = 1.0
     epsilon: float = 1e-6
     dtype: Any = None
 
@@ -234,6 +236,8 @@ class Attention(nn.Module):
         def project(name: str, x: jax.Array, heads: int) -> jax.Array:
             axes = ("embed", "heads" if heads == self.heads else "kv_heads", "head_dim")
             stddev = x.shape[-1] ** -0.5
+            if name == "value":
+                stddev *= self.value_gain
             if name == "query" and self.scale is not None:
                 stddev *= (
                     head_dim**-0.5 / self.scale

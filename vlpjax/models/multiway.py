@@ -29,7 +29,8 @@ class MultiwayBlock(nn.Module):
     Attributes:
       expert: whose MLP is used; parameters are ``<expert>_norm`` and ``<expert>_mlp``.
       heads, mlp_dim: of attention and MLP.
-      index: of the layer, from 1: what writes into the residual stream starts with values smaller by its root.
+      index: of the layer, from 1: values and what writes into the residual stream start smaller by the root of twice
+        the index.
       epsilon: of norms.
       dtype: compute type.
     """
@@ -49,8 +50,9 @@ class MultiwayBlock(nn.Module):
         tokens = constrain(tokens, "frames", None, "activation")
         normed = norm("attention_norm", "layer", self.dtype, self.epsilon)(tokens)
         attention = Attention(
-            self.heads, depth=self.index, epsilon=self.epsilon, dtype=self.dtype, name="attention"
-        )
+            self.heads, depth=self.index, value_gain=(2 * self.index) ** -0.5, epsilon=self.epsilon, dtype=self.dtype,
+            name="attention",
+        )  # fmt: skip
         tokens = tokens + attention(normed, interval).tokens
         normed = norm(f"{self.expert}_norm", "layer", self.dtype, self.epsilon)(tokens)
         mlp = Mlp(self.mlp_dim, self.index, dtype=self.dtype, name=f"{self.expert}_mlp")

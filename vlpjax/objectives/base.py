@@ -100,7 +100,8 @@ class Context:
           teacher: whose parameters to use; a teacher's backbones run with ``train=False``.
           variant: names what ``options`` make different (``"masked"``); calls with options share their outputs
             only with calls of the same variant.
-          options: further arguments of the tower, such as ``masked=`` of a ViT.
+          options: further arguments of the tower, such as ``masked=`` of a ViT; ``train=False`` encodes as in
+            evaluation.
         """
         return self._encoded((tower, name, teacher, variant), tower, self.read(name), teacher, options)
 
@@ -139,7 +140,7 @@ class Context:
             )
         if where not in self.outputs:
             if teacher is None:
-                self.outputs[where] = self.student.call(tower, inputs, train=self.train, **options)
+                self.outputs[where] = self.student.call(tower, inputs, **{"train": self.train, **options})
             else:
                 outputs = self._teacher(teacher).call(tower, inputs, train=False, **options)
                 self.outputs[where] = jax.tree.map(jax.lax.stop_gradient, outputs)
@@ -215,12 +216,8 @@ class Objective:
         """The modules that this objective adds to the towers, by name."""
         return {}
 
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        """Per name of a head, the interval that its parameters are clipped to after every update."""
-        return {}
-
     def constraints(self) -> dict[str, Callable[[Any], Any]]:
-        """Per name of a head, what its parameters pass through after every update, such as rows to length one."""
+        """Per name of a head, what its parameters pass through after every update, such as :func:`clipped`."""
         return {}
 
     def initial_state(self) -> Any:
@@ -242,6 +239,11 @@ class BatchCoupled(Objective):
 
     def __call__(self, context: Context) -> Loss:
         return self.compare(self.encode(context), context)
+
+
+def clipped(low: float, high: float) -> Callable[[Any], Any]:
+    """The constraint that keeps all parameters of a head in an interval."""
+    return lambda params: jax.tree.map(lambda x: jnp.clip(x, low, high), params)
 
 
 def pick(outputs: Mapping[str, Any], output: str) -> jax.Array:

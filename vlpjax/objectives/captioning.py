@@ -15,6 +15,9 @@ from vlpjax.objectives.base import BatchCoupled, Context, Loss, pick
 class Captioning(BatchCoupled):
     """Cross-entropy of every token of a caption but the first, given the image and the tokens before it.
 
+    Texts need a first token that says nothing, because nobody is asked for it: a start token (``Tokenize(bos=True)``)
+    or, where the tokenizer has none, a word that begins every caption.
+
     L = sum over texts and their tokens of -log p(token | earlier tokens, image), over the number of tokens; padding is
     neither.  As the number of tokens is the whole batch's, the loss couples its examples, if weakly; accumulation is
     exact.
@@ -40,7 +43,7 @@ class Captioning(BatchCoupled):
     text_output: str = "tokens"
     decoder: str = "decoder"
     pad_id: int = 0
-    chunk: int = 256
+    chunk: int = 16
 
     def encode(self, context: Context) -> dict[str, jax.Array]:
         ids = context.read(self.text_field)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 from vlpjax.errors import UserError
 from vlpjax.mesh import constrain, constrain_blocks
 from vlpjax.models.heads import Scalar
-from vlpjax.objectives.base import BatchCoupled, Context, Loss, normalize, pick
+from vlpjax.objectives.base import BatchCoupled, Context, Loss, clipped, normalize, pick
 from vlpjax.parallel.ring import against_all
 
 SIDES = ("image", "text")
@@ -32,7 +32,47 @@ NEVER = -1e9  # a logit whose probability is zero and whose gradient is no NaN
 
 
 @dataclass(frozen=True)
-class Contrastive(BatchCoupled):
+class Scaled(BatchCoupled):
+    """Base of objectives whose similarities are multiplied by a scale, the inverse of a temperature.
+
+    Attributes:
+      temperature: initial value; the learned parameter is the logarithm of its inverse.
+      max_scale: the scale is clipped to [1, max_scale] after every update (CLIP clips to 100).
+      learned: whether the scale is learned; otherwise it stays ``1 / temperature``.
+      scale_of: name of another objective whose scale is used instead of one of its own.
+    """
+
+    temperature: float = 0.07
+    max_scale: float = 100.0
+    learned: bool = True
+    scale_of: str = ""
+
+    def __post_init__(self) -> None:
+        if self.scale_of and not self.learned:
+            raise UserError(
+                f"{type(self).__name__}.scale_of={self.scale_of!r} uses another's scale, but learned=False fixes it; "
+                "give one of the two."
+            )
+
+    def heads(self) -> dict[str, nn.Module]:
+        return {"logit_scale": Scalar(-math.log(self.temperature))} if self._own_scale else {}
+
+    def constraints(self) -> dict[str, Callable[[Any], Any]]:
+        return {"logit_scale": clipped(0.0, math.log(self.max_scale))} if self._own_scale else {}
+
+    def scale(self, context: Context) -> Float[Array, ""]:
+        """The inverse temperature."""
+        if not self.learned:
+            return jnp.float32(1 / self.temperature)
+        return jnp.exp((context.of(self.scale_of) if self.scale_of else context).head("logit_scale"))
+
+    @property
+    def _own_scale(self) -> bool:
+        return self.learned and not self.scale_of
+
+
+@dataclass(frozen=True)
+class Contrastive(Scaled):
     """What both losses share: two towers, a scale, and who counts as a positive.
 
     Attributes:
@@ -41,10 +81,6 @@ class Contrastive(BatchCoupled):
       image_output, text_output: which of a tower's outputs is compared; see :func:`vlpjax.objectives.base.pick`.
       same: a field of integers; examples with equal values are positives of one another (two drawings of
         one concept in a batch are no negatives).  None makes the pairs of the batch the only positives.
-      temperature: initial value; the learned parameter is the logarithm of its inverse.
-      max_scale: the scale is clipped to [1, max_scale] after every update (CLIP clips to 100).
-      learned: whether the scale is learned; otherwise it stays ``1 / temperature``.
-      scale_of: name of another objective whose scale is used instead of one of its own.
     """
 
     image: str = "image"
@@ -54,16 +90,6 @@ class Contrastive(BatchCoupled):
     image_output: str = "embedding"
     text_output: str = "embedding"
     same: str | None = None
-    temperature: float = 0.07
-    max_scale: float = 100.0
-    learned: bool = True
-    scale_of: str = ""
-
-    def heads(self) -> dict[str, nn.Module]:
-        return {"logit_scale": Scalar(-math.log(self.temperature))} if self._own_scale else {}
-
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        return {"logit_scale": (0.0, math.log(self.max_scale))} if self._own_scale else {}
 
     def encode(self, context: Context) -> dict[str, jax.Array]:
         image = context.encode(self.image, self.image_field)
@@ -73,19 +99,9 @@ class Contrastive(BatchCoupled):
             "text": normalize(pick(text, self.text_output)),  # [B, E]
         }
 
-    def scale(self, context: Context) -> Float[Array, ""]:
-        """The inverse temperature."""
-        if not (self.learned or self.scale_of):
-            return jnp.float32(1 / self.temperature)
-        return jnp.exp((context.of(self.scale_of) if self.scale_of else context).head("logit_scale"))
-
     def labels(self, context: Context, batch: int) -> jax.Array:
         """Integers [B] of which equal ones mark positives."""
         return jnp.arange(batch) if self.same is None else context.read(self.same)
-
-    @property
-    def _own_scale(self) -> bool:
-        return self.learned and not self.scale_of
 
 
 def local_rows(
@@ -96,6 +112,13 @@ def local_rows(
     """scale * queries @ keys^T, rows on the devices of their queries, keys gathered."""
     queries = constrain(queries, "frames", None) * scale
     return constrain(queries @ constrain(keys, None, None).T, "frames", None)  # [B / devices, B]
+
+
+def only(
+    logits: Float[Array, "*rows columns"], columns: Bool[Array, "*#rows columns"] | None
+) -> Float[Array, "*rows columns"]:
+    """The logits of the columns that take part; the others are never chosen.  None is all."""
+    return logits if columns is None else jnp.where(columns, logits, NEVER)
 
 
 def cross_entropy(
@@ -112,8 +135,8 @@ def cross_entropy(
       smoothing: share of the target that is spread evenly over the columns that take part.
     """
     count: Any = logits.shape[-1]
+    logits = only(logits, columns)
     if columns is not None:
-        logits = jnp.where(columns, logits, NEVER)
         count = jnp.maximum(jnp.sum(columns, axis=-1, keepdims=True), 1)
     spread = smoothing / count if columns is None else jnp.where(columns, smoothing / count, 0.0)
     target = (1 - smoothing) * target + spread
@@ -139,8 +162,8 @@ class InfoNCE(Contrastive):
       rows: whose rows are taken: ``"image"`` (each image picks a text), ``"text"``, or both.
       captions: fields with further texts of each image.  An image's row has all of them among its columns, and its
         target is spread over its own; each of them has a row of its own against the images ("CoCu", arXiv 2309.13505).
-      negatives: fields with texts that are wrong for every image, [B, L] or several per example [B, K, L].  They are
-        columns of the images' rows and never rows ("NegCLIP", arXiv 2210.01936).
+      negatives: fields with texts that are wrong for every image; columns of the images' rows and never rows
+        ("NegCLIP", arXiv 2210.01936).
       own_negatives: whether an image sees the negatives of its own example only (arXiv 2305.01118, location loss).
       valid: a field of booleans; a pair that is False is neither row nor column.
       mixed: a field with the share of each image that is its own; the rest of it was taken from the image of the row
@@ -162,6 +185,7 @@ class InfoNCE(Contrastive):
     groups: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.rows or not set(self.rows) <= set(SIDES):
             raise UserError(f"InfoNCE.rows is {self.rows!r}; it takes 'image', 'text' or both.")
         if not 0 <= self.label_smoothing < 1:
@@ -175,21 +199,10 @@ class InfoNCE(Contrastive):
 
     def encode(self, context: Context) -> dict[str, jax.Array]:
         features = super().encode(context)
-
-        def texts(name: str) -> jax.Array:
-            """Features [B, K, E] of a field [B, L] or [B, K, L]."""
-            ids = context.read(name)
-            if ids.ndim == 2:
-                outputs = context.encode(self.text, name)
-                return normalize(pick(outputs, self.text_output))[:, None]
-            batch, count = ids.shape[:2]
-            flat = context.student.call(self.text, ids.reshape(batch * count, -1), train=context.train)
-            found = normalize(pick(flat, self.text_output))
-            return found.reshape(batch, count, -1)
-
         for kind, names in (("captions", self.captions), ("negatives", self.negatives)):
             if names:
-                features[kind] = jnp.concatenate([texts(name) for name in names], axis=1)  # [B, K, E]
+                outputs = context.encode_views(self.text, names)
+                features[kind] = normalize(pick(outputs, self.text_output))  # [B, K, E]
         return features
 
     def compare(self, features: dict[str, jax.Array], context: Context) -> Loss:
@@ -221,13 +234,13 @@ class InfoNCE(Contrastive):
             right = self._columns([positive] * len(captions), logits)
             columns = None if valid is None else self._valid_columns(valid, len(captions), logits)
             losses.append(cross_entropy(logits, share, columns, self.label_smoothing))
-            hits.append(best_is(right, logits))
+            hits.append(best_is(right, only(logits, columns)))
         if "text" in self.rows:
             columns = None if valid is None else self._gathered(valid)[..., None, :]
             all_logits = [self._logits(caption, images, scale) for caption in captions]
             rows = [cross_entropy(x, text_target, columns, self.label_smoothing) for x in all_logits]
             losses.append(sum(rows[1:], rows[0]) / len(rows))
-            hits.append(best_is(positive, all_logits[0]))
+            hits.append(best_is(positive, only(all_logits[0], columns)))
         each = sum(losses[1:], losses[0]) / len(losses)  # [B], or [groups, B / groups]
         metrics = {"accuracy": _mean(hits[0], valid), "scale": scale}
         return Loss(_mean(each, valid), metrics)
@@ -250,6 +263,8 @@ class InfoNCE(Contrastive):
 
     def _logits(self, queries: jax.Array, keys: jax.Array, scale: jax.Array) -> jax.Array:
         """Rows of ``queries`` against all of ``keys``: [..., B / devices, B]."""
+        if self.groups == 1:
+            return local_rows(queries, keys, scale)
         keys = jnp.swapaxes(self._gathered(keys), -1, -2)
         return self._on_rows((self._on_rows(queries) * scale) @ keys)
 
@@ -333,6 +348,7 @@ class Sigmoid(Contrastive):
     chunks: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.chunks < 1:
             raise UserError(f"Sigmoid.chunks is {self.chunks}; it is 1 or more.")
 

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from vlpjax.errors import UserError
 from vlpjax.mesh import constrain
 from vlpjax.models.heads import MLPHead, Scalar
 from vlpjax.objectives.assignment import sinkhorn
-from vlpjax.objectives.base import BatchCoupled, Context, Loss, normalize, pick
+from vlpjax.objectives.base import BatchCoupled, Context, Loss, clipped, normalize, pick
 from vlpjax.objectives.contrastive import best_is, cross_entropy, local_rows
 
 Views = dict[str, jax.Array]
@@ -65,15 +66,19 @@ class CrossModal(BatchCoupled):
     def encode(self, context: Context) -> dict[str, Views]:
         return {"student": self.features(context)}
 
-    def features(self, context: Context, teacher: str | None = None) -> Views:
-        """What projectors read, per view."""
+    def features(self, context: Context, teacher: str | None = None, first: int = 0) -> Views:
+        """What projectors read, per view.
+
+        Args:
+          first: 0 encodes all views, 1 the strong ones only.
+        """
         images = {
             f"image:{view}": pick(context.encode(self.image, view, teacher=teacher), self.image_output)
-            for view in self.image_views
+            for view in self.image_views[first:]
         }
         texts = {
             f"text:{view}": pick(self.encoded_text(context, view, teacher), self.text_output)
-            for view in self.text_views
+            for view in self.text_views[first:]
         }
         return images | texts
 
@@ -81,11 +86,7 @@ class CrossModal(BatchCoupled):
         """The text tower's outputs, without dropout for the weak view; objectives share them."""
         if teacher is not None or view != self.text_views[0]:
             return context.encode(self.text, view, teacher=teacher)
-        key = (self.text, view, None, "evaluation")
-        if key not in context.outputs:
-            context.outputs[key] = context.student.call(self.text, context.read(view), train=False)
-        found: dict[str, jax.Array] = context.outputs[key]
-        return found
+        return context.encode(self.text, view, variant="evaluation", train=False)
 
     def project(
         self, context: Context, features: Views, heads: Mapping[str, str], teacher: str | None = None
@@ -152,25 +153,15 @@ class Rocket(CrossModal):
             heads |= {name: MLPHead(self.projector) for name in PROJECTORS.values()}
         return heads
 
-    def bounds(self) -> dict[str, tuple[float, float]]:
+    def constraints(self) -> dict[str, Callable[[Any], Any]]:
         scales = ("logit_scale", "local_scale") if self.local_pairs else ("logit_scale",)
-        return dict.fromkeys(scales, (0.0, math.log(self.max_scale)))
+        return dict.fromkeys(scales, clipped(0.0, math.log(self.max_scale)))
 
     def encode(self, context: Context) -> dict[str, Views]:
         image = context.encode(self.image, self.image_views[0])
         text = self.encoded_text(context, self.text_views[0])
         weak = {"image": pick(image, self.image_embedding), "text": pick(text, self.text_embedding)}
-        strong = {
-            **{
-                f"image:{view}": pick(context.encode(self.image, view), self.image_output)
-                for view in self.image_views[1:]
-            },
-            **{
-                f"text:{view}": pick(self.encoded_text(context, view), self.text_output)
-                for view in self.text_views[1:]
-            },
-        }
-        return {"weak": weak, "strong": strong if self.local_pairs else {}}
+        return {"weak": weak, "strong": self.features(context, first=1) if self.local_pairs else {}}
 
     def compare(self, features: dict[str, Views], context: Context) -> Loss:
         weak = {side: normalize(x) for side, x in features["weak"].items()}
@@ -235,12 +226,20 @@ class BarLIP(CrossModal):
 def cross_correlation_loss(
     first: Float[Array, "batch features"], second: Float[Array, "batch features"], off_diagonal: float
 ) -> Float[Array, ""]:
-    """sum_d (C_dd - 1)^2 + off_diagonal sum_{d != e} C_de^2 of C = first^T second / B, over the whole batch."""
-    batch = first.shape[0]
+    """sum_d (C_dd - 1)^2 + off_diagonal sum_{d != e} C_de^2 of C = first^T second / B, over the whole batch.
+
+    The sum of all C_de^2 is that of (first first^T) * (second second^T) / B^2, so that the smaller of [D, D] and [B, B]
+    is made, and of the latter no device has more than its rows.
+    """
+    batch, width = first.shape
     first, second = (constrain(x.astype(jnp.float32), "frames", None) for x in (first, second))
-    correlation = jnp.einsum("bd,be->de", first, second, precision=jax.lax.Precision.HIGHEST) / batch
-    diagonal = jnp.diagonal(correlation)
-    rest = jnp.sum(jnp.square(correlation)) - jnp.sum(jnp.square(diagonal))
+    diagonal = jnp.sum(first * second, axis=0) / batch
+    with jax.default_matmul_precision("highest"):  # a small difference of large sums is what is looked for
+        if batch < width:
+            total = jnp.sum(local_rows(first, first, 1.0) * local_rows(second, second, 1.0))
+        else:
+            total = jnp.sum(jnp.square(constrain(first.T @ second, "frames", None)))
+    rest = total / batch**2 - jnp.sum(jnp.square(diagonal))
     return jnp.sum(jnp.square(diagonal - 1)) + off_diagonal * rest
 
 
@@ -310,6 +309,7 @@ class SwALIP(CrossModal):
       projector: widths of both projectors, unless ``heads_of`` is set.
       heads_of: name of a :class:`Rocket` objective whose projectors and local scale are used; empty has own ones.
       temperature: first value of the own scale's inverse.
+      max_scale: the own scale is clipped to [1, max_scale].
       epsilon, rounds: of the balanced assignment.
 
     Source: "Improved baselines for vision-language pre-training", arXiv 2305.08675, section 3; "Unsupervised Learning
@@ -319,6 +319,7 @@ class SwALIP(CrossModal):
     projector: tuple[int, ...] = (4096, 4096, 256)
     heads_of: str = ""
     temperature: float = 0.1
+    max_scale: float = 100.0
     epsilon: float = 0.05
     rounds: int = 3
 
@@ -335,14 +336,15 @@ class SwALIP(CrossModal):
         scale = {"local_scale": Scalar(-math.log(self.temperature))}
         return {**scale, **{name: MLPHead(self.projector) for name in PROJECTORS.values()}}
 
+    def constraints(self) -> dict[str, Callable[[Any], Any]]:
+        return {} if self.heads_of else {"local_scale": clipped(0.0, math.log(self.max_scale))}
+
+    def encode(self, context: Context) -> dict[str, Views]:
+        return {"student": self.features(context, first=1)}
+
     def compare(self, features: dict[str, Views], context: Context) -> Loss:
         owner = context.of(self.heads_of) if self.heads_of else context
-        strong = {
-            name: x
-            for name, x in features["student"].items()
-            if name not in (f"image:{self.image_views[0]}", f"text:{self.text_views[0]}")
-        }
-        h = {name: normalize(x) for name, x in self.project(owner, strong, PROJECTORS).items()}
+        h = {name: normalize(x) for name, x in self.project(owner, features["student"], PROJECTORS).items()}
         scale = jnp.exp(owner.head("local_scale"))
         images, texts = self.image_views[1:], self.text_views[1:]
         found = []
@@ -361,7 +363,5 @@ class SwALIP(CrossModal):
         other_columns: jax.Array,
         scale: jax.Array,
     ) -> Float[Array, ""]:
-        plain: Callable[[jax.Array], jax.Array] = jax.lax.stop_gradient
-        similarity = local_rows(plain(other_rows), plain(other_columns), 1.0)
-        target = plain(sinkhorn(similarity, self.epsilon, self.rounds))
+        target = sinkhorn(local_rows(other_rows, other_columns, 1.0), self.epsilon, self.rounds)
         return jnp.mean(cross_entropy(local_rows(rows, columns, scale), target))

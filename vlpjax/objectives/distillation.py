@@ -2,46 +2,45 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from vlpjax.errors import UserError
 from vlpjax.mesh import constrain
-from vlpjax.models.heads import Scalar
-from vlpjax.objectives.base import BatchCoupled, Context, Loss, normalize, pick
-from vlpjax.objectives.contrastive import NEVER, local_rows
+from vlpjax.objectives.base import Context, Loss, normalize, pick
+from vlpjax.objectives.contrastive import SIDES, Scaled, cross_entropy, local_rows, only
 
-SIDES = ("image", "text")
 CROSS = (("image", "text"), ("text", "image"))
 
 
 @dataclass(frozen=True)
-class SimilarityDistillation(BatchCoupled):
+class SimilarityDistillation(Scaled):
     """Cross-entropy, or KL divergence, between softmaxed rows of similarities, averaged over ``pairs``.
 
     For rows u and columns v, p = mean over teachers of softmax(u_T v_T^T / teacher_temperature), q = softmax(S u v^T),
     and the loss is the mean over rows of -sum p log q, less the entropy of p if ``divergence`` is ``"kl"``.  Only
-    relations are compared, so teachers may be of other widths, and a rotation of all embeddings changes nothing.
+    relations are compared, so stored teachers may be of other widths, and a rotation of all embeddings changes nothing.
+
+    It stands beside the contrastive objective, whose scale it shares, and the two weights say how much is taught::
+
+        config.teachers.best = spec(Teacher, checkpoint="runs/clip")  # the same towers, with that run's parameters
+        config.objectives.distill = dict(
+            weight=1.0, loss=spec(SimilarityDistillation, teachers=("best",), scale_of="clip")
+        )
 
     Attributes:
       image, text: names of the student's towers.
       image_field, text_field: the fields of the batch that they read, and the teachers too.
       image_output, text_output: which of a tower's outputs is compared, of the student and of the teachers.
-      teachers: names of teachers.
+      teachers: names of teachers, which have the student's towers.
       stored: pairs of fields with embeddings [B, D] of images and texts that were computed before, each pair one more
         teacher ("Reinforce Data, Multiply Impact", arXiv 2303.08983).
       pairs: (rows, columns) of each similarity: ``("image", "text")`` or ``("image", "image")``, for example.
-      temperature: of the student: the first value of the inverse of a learned scale if ``learned``.
-      teacher_temperature: of the teachers.
-      learned: whether the student's scale is learned.
-      scale_of: name of another objective whose scale the student uses; then ``temperature`` and ``learned`` are idle.
-      max_scale: a learned scale is clipped to [1, max_scale].
+      teacher_temperature: of the teachers; the student's is as in :class:`vlpjax.objectives.contrastive.Scaled`.
       own: whether each example's similarity to itself takes part in pairs of one modality.  It is 1 for every model and
         would take most of the probability.
       divergence: ``"ce"`` or ``"kl"``; the gradients are equal.
@@ -60,15 +59,12 @@ class SimilarityDistillation(BatchCoupled):
     teachers: tuple[str, ...] = ()
     stored: tuple[tuple[str, str], ...] = ()
     pairs: tuple[tuple[str, str], ...] = CROSS
-    temperature: float = 0.07
     teacher_temperature: float = 0.07
-    learned: bool = False
-    scale_of: str = ""
-    max_scale: float = 100.0
     own: bool = False
     divergence: str = "kl"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.teachers and not self.stored:
             raise UserError(
                 "SimilarityDistillation has nobody to learn from; name 'teachers' or 'stored' fields."
@@ -81,14 +77,6 @@ class SimilarityDistillation(BatchCoupled):
             raise UserError(
                 f"SimilarityDistillation.divergence is {self.divergence!r}; there are 'ce' and 'kl'."
             )
-        if self.learned and self.scale_of:
-            raise UserError("SimilarityDistillation.scale_of names another's scale; then learned is False.")
-
-    def heads(self) -> dict[str, nn.Module]:
-        return {"logit_scale": Scalar(-math.log(self.temperature))} if self.learned else {}
-
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        return {"logit_scale": (0.0, math.log(self.max_scale))} if self.learned else {}
 
     def encode(self, context: Context) -> dict[str, dict[str, jax.Array]]:
         features = {"student": self._features(context)}
@@ -107,23 +95,17 @@ class SimilarityDistillation(BatchCoupled):
             for name, found in features.items()
             if name != "student"
         ]
-        if self.scale_of:
-            scale = jnp.exp(context.of(self.scale_of).head("logit_scale"))
-        elif self.learned:
-            scale = jnp.exp(context.head("logit_scale"))
-        else:
-            scale = jnp.float32(1 / self.temperature)
+        scale = self.scale(context)
         values, entropies, agreements = [], [], []
         for rows, columns in self.pairs:
-            hidden = None if self.own or rows != columns else diagonal(student[rows].shape[0])
+            shown = None if self.own or rows != columns else off_diagonal(student[rows].shape[0])
             target = teacher_rows(
-                [(each[rows], each[columns]) for each in teachers], self.teacher_temperature, hidden
+                [(each[rows], each[columns]) for each in teachers], self.teacher_temperature, shown
             )
             logits = local_rows(student[rows], student[columns], scale)
-            logits = logits if hidden is None else jnp.where(hidden, NEVER, logits)
-            values.append(jnp.mean(-jnp.sum(target * jax.nn.log_softmax(logits, axis=1), axis=1)))
+            values.append(jnp.mean(cross_entropy(logits, target, shown)))
             entropies.append(jnp.mean(-jnp.sum(jax.scipy.special.xlogy(target, target), axis=1)))
-            agreements.append(jnp.mean(jnp.argmax(logits, axis=1) == jnp.argmax(target, axis=1)))
+            agreements.append(jnp.mean(jnp.argmax(only(logits, shown), axis=1) == jnp.argmax(target, axis=1)))
         value, entropy, agreement = (
             sum(each, jnp.zeros(())) / len(self.pairs) for each in (values, entropies, agreements)
         )
@@ -144,25 +126,25 @@ class SimilarityDistillation(BatchCoupled):
         }
 
 
-def diagonal(size: int) -> Bool[Array, "{size} {size}"]:
-    """Where a row meets itself, rows on the devices of their examples."""
+def off_diagonal(size: int) -> Bool[Array, "{size} {size}"]:
+    """Where a row does not meet itself, rows on the devices of their examples."""
     rows = jnp.arange(size)
-    return constrain(rows, "frames")[:, None] == rows[None, :]
+    return constrain(rows, "frames")[:, None] != rows[None, :]
 
 
 def teacher_rows(
     teachers: Sequence[tuple[Float[Array, "batch _"], Float[Array, "batch _"]]],
     temperature: float,
-    hidden: Bool[Array, "batch batch"] | None = None,
+    shown: Bool[Array, "batch batch"] | None = None,
 ) -> Float[Array, "batch batch"]:
     """The mean of the teachers' softmaxed similarity rows: averaged after the softmax, not before.
 
     Args:
       teachers: row and column features of each, of length one.
-      hidden: entries that have no probability.
+      shown: entries that have a probability; None is all.
     """
     total: jax.Array | float = 0.0
     for rows, columns in teachers:
         logits = local_rows(rows, columns, 1 / temperature)
-        total += jax.nn.softmax(logits if hidden is None else jnp.where(hidden, NEVER, logits), axis=1)
+        total += jax.nn.softmax(only(logits, shown), axis=1)
     return jnp.asarray(total) / len(teachers)

@@ -7,6 +7,7 @@ from vlpjax.data.sources.combine import Concat, Filter, Mixture
 from vlpjax.data.sources.companions import Companion
 from vlpjax.data.sources.declared import Declared
 from vlpjax.data.sources.image_folder import ImageFolder
+from vlpjax.data.sources.neighbors import WithNeighbors
 from vlpjax.data.sources.order import cursors, draw, locate, permute
 from vlpjax.data.sources.parquet import Parquet
 from vlpjax.data.sources.scenes import Scenes
@@ -29,6 +30,7 @@ __all__ = [
     "Scenes",
     "Source",
     "WebDataset",
+    "WithNeighbors",
     "cursors",
     "draw",
     "locate",

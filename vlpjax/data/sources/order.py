@@ -28,7 +28,7 @@ _Words = TypeVar("_Words", int, np.ndarray)
 
 
 class Mixed(Source, Protocol):
-    """A source that decides its own order; ``Mixture`` is the one in this package."""
+    """A source that decides its own order, such as ``Mixture``."""
 
     sources: Mapping[str, Source]
 

@@ -44,11 +44,14 @@ class SwappedCaption(grain_transforms.RandomMap):
 class Perturb(grain_transforms.RandomMap):
     """The same words in another order, in one of the four ways of the ARO benchmark.
 
+    The caption itself is cut to as many words, so that length gives nothing away; tokenize it afterwards.  A caption
+    that no draw changes is a bad example, which another replaces.
+
     Attributes:
       kind: ``"nouns_adjectives"`` shuffles these and leaves all others in their places, ``"all_but_nouns_adjectives"``
         the reverse; ``"within_trigrams"`` shuffles the words of every three, ``"trigrams"`` the threes.
       field, out: the caption, and where the perturbed one is put.
-      most: words that are kept of a caption.
+      most: words that are kept of the caption.
 
     Source: "When and why vision-language models behave like bags-of-words", arXiv 2210.01936, section 2 and appendix.
     """
@@ -63,8 +66,12 @@ class Perturb(grain_transforms.RandomMap):
             raise UserError(f"Perturb.kind is {self.kind!r}; there are {', '.join(PERTURBATIONS)}.")
 
     def random_map(self, element: Example, rng: np.random.Generator) -> Example:
-        words = require(element, self.field, str).split()[: self.most]
-        return {**element, self.out: " ".join(perturbed(words, self.kind, rng))}
+        caption = require(element, self.field, str)
+        words = caption.split()[: self.most]
+        changed = perturbed(words, self.kind, rng)
+        if changed == words:
+            raise BadExample(f"{self.kind} leaves {caption!r} as it is")
+        return {**element, self.field: " ".join(words), self.out: " ".join(changed)}
 
 
 def perturbed(words: list[str], kind: str, rng: np.random.Generator) -> list[str]:

@@ -8,14 +8,10 @@ import numpy as np
 from grain import transforms as grain_transforms
 
 from vlpjax.data.transforms.fields import Example, require
+from vlpjax.data.words import word_set
 from vlpjax.errors import UserError
 
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-STOP_WORDS = _words("""
+STOP_WORDS = word_set("""
     a an the and or but if of at by for with about against between into through during before after above
     below to from up down in out on off over under again further then once here there when where why how
     all any both each few more most other some such no nor not only own same so than too very is are was
