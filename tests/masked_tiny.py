@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,9 +16,11 @@ from flax import linen as nn
 from tests.tiny import experiment_of, random_batch
 from vlpjax.config import Config, spec
 from vlpjax.experiment import base_config
+from vlpjax.models.patches import cut
 from vlpjax.models.towers import Towers
 from vlpjax.models.vit import ViT
 from vlpjax.objectives.base import Context, Loss, Objective, head_name
+from vlpjax.objectives.targets import Target
 from vlpjax.optim.optimizer import Optimizer, Schedule
 from vlpjax.rules import map_with_names
 from vlpjax.state import TrainState
@@ -43,6 +46,20 @@ def drawn(abstract: Any) -> Any:
         return np.asarray(random.normal(size=leaf.shape) * fan_in**-0.5, leaf.dtype)
 
     return map_with_names(draw, abstract)
+
+
+@dataclass(frozen=True)
+class Given(Target):
+    """A target whose error per patch is the batch's field ``errors`` and what is predicted, one number."""
+
+    def features(self, patch: tuple[int, int], channels: int) -> int:
+        return 1
+
+    def truth(self, context: Context, images: jax.Array, patch: tuple[int, int]) -> jax.Array:
+        return context.read("errors")
+
+    def error(self, predicted: jax.Array, truth: jax.Array) -> jax.Array:
+        return predicted[..., 0] + truth
 
 
 class Bound:
@@ -113,6 +130,14 @@ class Bound:
         run = jax.jit(lambda params, state: jax.lax.scan(step, (params, state), jnp.arange(steps)))
         (self.params, _), losses = run(self.params, optimizer.init(self.params))
         return np.asarray(losses)
+
+
+def weights_and_seen(bound: Bound, images: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """With the target :class:`Given`: how much each patch's error counts in the loss, and which patches are seen."""
+    batch = {"image": images, "errors": jnp.zeros((len(images), N))}
+    grads = jax.grad(lambda batch: bound.loss(bound.params, batch).value)(batch)
+    seen = np.any(cut(grads["image"], (PATCH, PATCH)) != 0, axis=-1)
+    return np.asarray(grads["errors"]), seen
 
 
 def outputs_of(params: Any, images: jax.Array, fields: dict[str, Any], **options: Any) -> dict[str, Any]:

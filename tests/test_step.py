@@ -29,7 +29,7 @@ from tests.tiny import (
     take_steps,
 )
 from vlpjax.config import Config, spec
-from vlpjax.objectives.base import fold_name
+from vlpjax.objectives.base import BatchCoupled, Context, Loss, fold_name
 from vlpjax.rules import map_with_names, tree_names
 from vlpjax.state import TrainState
 from vlpjax.step import abstract_state, gradients, initial_state, make_train_step, train_step
@@ -329,6 +329,36 @@ def test_heads_statistics_are_those_of_the_batch_on_every_mesh(agreed: Agreed) -
         eight.losses[0], losses["agree"].value + 0.5 * losses["noisy"].value, rtol=1e-5
     )
     assert_trees_close(eight.history[1].statistics, statistics, rtol=1e-5, atol=1e-6)
+
+
+@dataclass(frozen=True)
+class Centred(BatchCoupled):
+    """Pulls embeddings to a centre, which is the objective's state and follows them; features know it already."""
+
+    def initial_state(self) -> Any:
+        return {"centre": jnp.zeros(16)}
+
+    def encode(self, context: Context) -> jax.Array:
+        centred: jax.Array = context.encode("image", "image")["embedding"] - context.state["centre"]
+        return centred
+
+    def compare(self, features: jax.Array, context: Context) -> Loss:
+        moved = context.state["centre"] + 0.1 * features.mean(axis=0)
+        return Loss(jnp.mean(jnp.square(features)), state={"centre": moved})
+
+
+def test_a_coupled_objective_encodes_with_its_state_in_every_micro_batch() -> None:
+    config = model_config()
+    del config.towers.text
+    config.objectives = dict(centred=dict(weight=1.0, loss=spec(Centred)))
+    state = jax.jit(lambda batch: initial_state(experiment_of(config), batch))(random_batch())
+    state = state.replace(objectives={"centred": {"centre": jnp.linspace(-2.0, 2.0, 16)}})
+    whole, expected = grads_of(config, state, random_batch())
+    config.accumulate = 4
+    parts, grads = grads_of(config, state, random_batch())
+    np.testing.assert_allclose(parts["centred"].value, whole["centred"].value, rtol=1e-5)
+    assert_trees_close(parts["centred"].state, whole["centred"].state, rtol=1e-5)
+    assert_trees_close(grads, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_learning_rate_that_is_logged_is_the_schedule() -> None:

@@ -176,7 +176,10 @@ def _accumulated_gradients(
                 towers, micro_batch, rng, state.step, teachers=teachers, durations=experiment.durations,
                 rows=rows[micro], row_rng=step_key,
             )  # fmt: skip
-            features = {name: objective.encode(context.of(name)) for name, (_, objective) in coupled.items()}
+            features = {
+                name: objective.encode(context.of(name, states[name]))
+                for name, (_, objective) in coupled.items()
+            }
             losses = {
                 name: objective(context.of(name, states[name])) for name, (_, objective) in single.items()
             }

@@ -4,8 +4,9 @@ python -m vlpjax.main --config=experiments/masked/beit.py --workdir=runs/beit
 
 ``small`` (the default) learns from the bundled drawings at 32 pixels, with a tokenizer of random projections (arXiv
 2202.01855) that needs no training of its own.  ``beit.py:paper`` is ViT-B/16 on ImageNet-1k for 800 epochs with the
-encoder of DALL-E's discrete VAE, which reads the same crop at 112 pixels; it needs the data set as TFDS prepares it,
-and a run of that tokenizer's parameters in ``config.start``.
+encoder of DALL-E's discrete VAE, which reads the same crop at 112 pixels.  It needs the data set as TFDS prepares it,
+and a run that has that encoder's parameters as its tower ``tokenizer`` in ``runs/dvae``: the published ones are not
+read, so they are for you to train or to convert.  Without that run it ends at its start.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ FROZEN = ((r"tokenizer/.*", None), (r".*", 1.0))
 def get_config(size: str = "small") -> Config:
     config = _shared.start("BEiT", size)
     if size == "small":
-        vocabulary, patch, field = 256, _shared.PATCH, "image"
+        vocabulary, patch, field, checkpoint = 256, _shared.PATCH, "image", ""
         config.towers = dict(
             image=_shared.small_tower(mask_token=True),
             tokenizer=spec(RandomProjectionTokenizer, patch=patch, vocabulary=vocabulary),
@@ -43,7 +44,7 @@ def get_config(size: str = "small") -> Config:
         _shared.small(config)
     else:
         config.duration = "800 epochs"
-        vocabulary, patch, field = 8192, 16, "tokenizer_image"
+        vocabulary, patch, field, checkpoint = 8192, 16, "tokenizer_image", "runs/dvae"
         config.towers = dict(
             image=simmim.tower(drop_path=0.1, layer_scale=0.1),
             tokenizer=spec(DiscreteVAEEncoder, vocabulary=vocabulary),
@@ -57,7 +58,7 @@ def get_config(size: str = "small") -> Config:
         config.data.example[field] = "float32[112,112,3]"
         config.optimizer = _shared.adamw(1.5e-3, warmup="10 epochs", betas=(0.9, 0.999), clip_norm=3.0)
     config.optimizer.rate_rules = FROZEN
-    config.teachers = dict(tokenizer=spec(Teacher, towers=("tokenizer",)))
+    config.teachers = dict(tokenizer=spec(Teacher, towers=("tokenizer",), checkpoint=checkpoint))
     target = spec(TokenIds, vocabulary=vocabulary, field=field)
     objective = spec(MaskedPrediction, mask=mask, target=target, patch=patch)
     config.objectives = dict(beit=dict(weight=1.0, loss=objective))

@@ -14,6 +14,7 @@ from experiments.masked import _shared
 from vlpjax.config import Config, spec
 from vlpjax.models.vit import ViT
 from vlpjax.models.vit_variants import variant
+from vlpjax.objectives.masking import RandomPatches
 from vlpjax.objectives.predictive import PositionPrediction
 
 SIZES = ("small", "paper")
@@ -31,14 +32,15 @@ def get_config(size: str = "small") -> Config:
     config = _shared.start("MP3", size)
     if size == "small":
         config.towers = dict(image=_shared.small_tower(**TOWER))
-        place = dict(patch=_shared.PATCH, grid=(8, 8), ratio=0.5)
+        place, ratio = dict(patch=_shared.PATCH, grid=(8, 8)), 0.5
         config.data.train = _shared.drawings()
         _shared.small(config)
     else:
         config.duration = "100 epochs"
         config.towers = dict(image=spec(ViT, **variant("B/16"), **TOWER))
-        place = dict(patch=16, grid=(14, 14), ratio=0.75)
+        place, ratio = dict(patch=16, grid=(14, 14)), 0.75
         _shared.imagenet(config, batch_size=4096, scale=(0.2, 1.0))
         config.optimizer = _shared.adamw(1e-3, warmup="10 epochs")
-    config.objectives = dict(mp3=dict(weight=1.0, loss=spec(PositionPrediction, **place)))
+    objective = spec(PositionPrediction, mask=spec(RandomPatches, ratio=ratio), **place)
+    config.objectives = dict(mp3=dict(weight=1.0, loss=objective))
     return config

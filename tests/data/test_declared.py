@@ -22,7 +22,7 @@ def test_examples_are_zeros_of_the_declared_types_and_shapes() -> None:
         }  # fmt: skip
         assert not any(np.any(value) for value in found.values())
     for index in (-1, 3):
-        with pytest.raises(IndexError, match=f"3 declared examples, and no number {index}"):
+        with pytest.raises(IndexError, match=f"Record {index} of Declared does not exist: it has 3 records"):
             source[index]
     assert "2" in source.describe(2)
 

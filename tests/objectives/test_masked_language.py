@@ -11,8 +11,9 @@ import pytest
 
 from tests.masked_tiny import TOWER, Bound
 from vlpjax.errors import UserError
-from vlpjax.models.text import TextTransformer
+from vlpjax.models.text import MaskedLanguageHead, TextTransformer
 from vlpjax.models.vit import ViT
+from vlpjax.objectives.base import Context
 from vlpjax.objectives.masked_language import MaskedLanguage, hide_tokens
 
 V, L, MASK = 40, 12, 39
@@ -49,18 +50,51 @@ def test_runs_leave_padding_and_special_tokens_alone() -> None:
     keys = jax.random.split(jax.random.key(0), len(IDS))
     hide = jax.jit(jax.vmap(lambda k, i, h: hide_tokens(k, i, h, 0.5, MASK, V, in_spans=True)))
     _, chosen = hide(keys, IDS, IDS > 2)
-    assert np.all(chosen <= (IDS > 2)) and chosen.sum() > 0.3 * (IDS > 2).sum()
+    assert np.all(chosen <= (IDS > 2))
+    np.testing.assert_array_equal(chosen.sum(axis=1), np.maximum(np.round(0.5 * (IDS > 2).sum(axis=1)), 1))
+
+
+def test_a_run_goes_on_behind_a_special_token_and_hides_one_token_at_least() -> None:
+    keys = jax.random.split(jax.random.key(0), 256)
+    ids, hideable = jnp.arange(3, 3 + L), np.arange(L) % 3 == 2  # four of twelve
+
+    @jax.jit
+    def hide(ratio: jax.Array) -> jax.Array:
+        draw = jax.vmap(lambda key: hide_tokens(key, ids, hideable, ratio, MASK, V, in_spans=True)[1])
+        return draw(keys)
+
+    for ratio, count in ((0.5, 2), (0.01, 1)):
+        chosen = np.asarray(hide(jnp.float32(ratio)))
+        assert np.all(chosen.sum(axis=1) == count) and np.all(chosen <= hideable)
+    assert set(np.flatnonzero(chosen.any(axis=0))) == set(np.flatnonzero(hideable))
+
+
+def hidden_of(bound: Bound, ratio: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens the loss hides, and the logarithms of what is predicted at all places [B, L, V], in float64."""
+
+    def run(context: Context) -> Any:
+        keys = context.row_keys("tokens", len(IDS))
+        hide = jax.vmap(lambda key, ids, hideable: hide_tokens(key, ids, hideable, ratio, MASK, V))
+        read, chosen = hide(keys, IDS, IDS > 2)
+        return chosen, context.student.call("text", read)["tokens"]
+
+    chosen, tokens = bound.evaluate(run, bound.params, BATCH)
+    table = bound.params["text"]["token_embedding"]["embedding"]
+    logits = MaskedLanguageHead(V).apply({"params": bound.params["masked_head"]}, tokens, table)
+    exponentials = np.exp(np.asarray(logits, np.float64))
+    return np.asarray(chosen), np.log(exponentials / exponentials.sum(axis=-1, keepdims=True))
 
 
 def test_the_loss_is_the_cross_entropy_over_all_hidden_tokens_of_the_batch() -> None:
-    objective = MaskedLanguage(V, MASK, special=(2,), ratio=0.3)
-    bound = Bound(objective, BATCH, towers=towers())
-    sums = bound.evaluate(objective.encode, bound.params, BATCH)
+    bound = Bound(MaskedLanguage(V, MASK, special=(2,), ratio=0.3), BATCH, towers=towers())
+    chosen, likelihood = hidden_of(bound, 0.3)
+    np.testing.assert_array_equal(chosen.sum(axis=1), np.maximum(np.round(0.3 * (IDS > 2).sum(axis=1)), 1))
     loss = bound.loss(bound.params, BATCH)
-    counts = np.maximum(np.round(0.3 * (IDS > 2).sum(axis=1)), 1)
-    np.testing.assert_array_equal(sums["masked"], counts)
-    np.testing.assert_allclose(loss.value, np.sum(sums["error"]) / counts.sum(), rtol=1e-6)
-    assert 0.8 * np.log(V) < loss.value < 2 * np.log(V)
+    errors = -np.take_along_axis(likelihood, IDS[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(loss.value, errors[chosen].mean(), rtol=1e-5)
+    hits = likelihood.argmax(axis=-1) == IDS
+    np.testing.assert_allclose(loss.metrics["accuracy"], hits[chosen].mean(), rtol=1e-5)
+    assert abs(errors[chosen].mean() - errors[IDS > 2].mean()) > 1e-3, "the test could not tell"
 
 
 def test_the_table_of_embeddings_is_the_decoder_and_learns_from_it() -> None:
@@ -73,14 +107,14 @@ def test_the_table_of_embeddings_is_the_decoder_and_learns_from_it() -> None:
 
 
 def test_a_teacher_that_is_the_student_adds_its_own_entropy() -> None:
-    plain, soft = (
-        Bound(MaskedLanguage(V, MASK, teacher=teacher, soft=1.0), BATCH, teacher=teacher, towers=towers())
-        for teacher in ("", "ema")
-    )
+    objective = MaskedLanguage(V, MASK, special=(2,), teacher="ema", soft=1.0)
+    soft = Bound(objective, BATCH, teacher="ema", towers=towers())
+    value, grads = jax.value_and_grad(lambda params: soft.loss(params, BATCH).value)(soft.params)
     # The cross-entropy of a distribution with itself has no gradient.
-    grads = jax.grad(lambda params: soft.loss(params, BATCH).value)(plain.params)
     assert all(np.all(np.abs(leaf) < 1e-6) for leaf in jax.tree.leaves(grads))
-    assert soft.loss(plain.params, BATCH).value <= np.log(V) + 1e-6
+    chosen, likelihood = hidden_of(soft, 0.15)
+    entropy = -(np.exp(likelihood) * likelihood).sum(axis=-1)
+    np.testing.assert_allclose(value, entropy[chosen].mean(), rtol=1e-5)
 
 
 def test_the_text_attends_to_the_image() -> None:
@@ -111,5 +145,7 @@ def test_mistakes_are_told() -> None:
         MaskedLanguage(V, MASK, shares=(0.8, 0.3))
     with pytest.raises(UserError, match="ratio is 0"):
         MaskedLanguage(V, MASK, ratio=0.0)
+    with pytest.raises(UserError, match="asks for the teacher 'emma'.*'ema'"):
+        Bound(MaskedLanguage(V, MASK, teacher="emma"), BATCH, teacher="ema", towers=towers())
     with pytest.raises(Exception, match="sees both sides"):
         Bound(MaskedLanguage(V, MASK), BATCH, towers=towers(causal=True))

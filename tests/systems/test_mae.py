@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,15 +10,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.masked_tiny import GRID, PATCH, SIZE, TOWER, Bound, N, start_of, step_config, textures
+from tests.masked_tiny import (
+    GRID,
+    PATCH,
+    SIZE,
+    TOWER,
+    Bound,
+    Given,
+    N,
+    outputs_of,
+    start_of,
+    step_config,
+    textures,
+    weights_and_seen,
+)
 from tests.tiny import assert_trees_close, experiment_of, layout_of, random_batch, take_steps
 from vlpjax.config import Config, spec
+from vlpjax.errors import UserError
 from vlpjax.models.mae import MAEDecoder, put_back
 from vlpjax.models.patches import cut
 from vlpjax.models.vit import ViT
 from vlpjax.objectives.masked_image import MaskedAutoencoding
 from vlpjax.objectives.masking import RandomPatches
-from vlpjax.objectives.targets import Pixels, masked_mean, standardized_patches
+from vlpjax.objectives.targets import Pixels, standardized_patches
 from vlpjax.state import TrainState
 from vlpjax.step import gradients
 
@@ -51,34 +66,38 @@ def test_pixels_of_hidden_patches_do_not_reach_the_encoder(mae: Bound) -> None:
     assert np.any(encode(IMAGES) != encode(jnp.where(pixels, IMAGES, 0.0)))
 
 
-def test_the_loss_is_the_formula_and_only_hidden_patches_teach(mae: Bound) -> None:
-    predicted, truth = jax.random.normal(jax.random.key(1), (2, 8, N, PATCH * PATCH * 3))
-    mask = np.asarray(RandomPatches(0.75)(jax.random.split(jax.random.key(0), 8), GRID))
-    expected, count = 0.0, 0
-    for image, patch in np.ndindex(8, N):
-        if mask[image, patch]:
-            expected += float(np.mean((np.asarray(predicted - truth)[image, patch]) ** 2))
-            count += 1
-    errors = OBJECTIVE.target.error(predicted, truth)
-    np.testing.assert_allclose(masked_mean(errors, mask), expected / count, rtol=1e-5)
-    np.testing.assert_allclose(masked_mean(errors, None), np.mean(np.square(predicted - truth)), rtol=1e-5)
+@pytest.mark.parametrize("masked_only", [True, False])
+def test_a_quarter_is_seen_and_what_is_not_seen_counts(masked_only: bool) -> None:
+    objective = replace(OBJECTIVE, target=Given(), masked_only=masked_only)
+    bound = Bound(objective, {"image": IMAGES, "errors": jnp.zeros((8, N))}, class_tokens=1)
+    weights, seen = weights_and_seen(bound, IMAGES)
+    assert np.all(seen.sum(axis=1) == N // 4)
+    expected = ~seen / (8 * (N - N // 4)) if masked_only else np.full((8, N), 1 / (8 * N))
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
-    def by_pixels_of_targets(images: jax.Array) -> jax.Array:
-        truth = standardized_patches(cut(images, (PATCH, PATCH)))
-        errors = OBJECTIVE.target.error(predicted, truth)
-        return masked_mean(errors, mask)
 
-    grads = np.asarray(cut(jax.grad(by_pixels_of_targets)(IMAGES), (PATCH, PATCH)))
-    assert not np.any(grads[~mask]) and np.all(np.any(grads[mask] != 0, axis=-1))
+def standardized(images: jax.Array) -> np.ndarray:
+    pixels = np.asarray(cut(images, (PATCH, PATCH)), np.float64)
+    return (pixels - pixels.mean(-1, keepdims=True)) / np.sqrt(pixels.var(-1, ddof=1, keepdims=True) + 1e-6)
+
+
+def test_the_loss_is_the_formula(mae: Bound) -> None:
+    split = mae.evaluate(
+        lambda context: OBJECTIVE.mask.split(context.row_keys("mask", 8), N), mae.params, None
+    )
+    seen = outputs_of(mae.params["image"], IMAGES, {"class_tokens": 1}, keep=split.keep)
+    decoder = OBJECTIVE.heads()["decoder"]
+    predicted = decoder.apply(
+        {"params": mae.params["masked_decoder"]}, seen["tokens"], split.restore, GRID, prefix=seen["prefix"]
+    )
+    errors = np.square(np.asarray(predicted) - standardized(IMAGES)).mean(axis=-1)
+    loss = mae.loss(mae.params, {"image": IMAGES}).value
+    np.testing.assert_allclose(loss, errors[np.asarray(split.mask)].mean(), rtol=1e-5)
 
 
 def test_targets_are_standardised_with_the_unbiased_variance() -> None:
-    pixels = np.asarray(cut(IMAGES, (PATCH, PATCH)), np.float64)
-    expected = (pixels - pixels.mean(-1, keepdims=True)) / np.sqrt(
-        pixels.var(-1, ddof=1, keepdims=True) + 1e-6
-    )
     truth = standardized_patches(cut(IMAGES, (PATCH, PATCH)))
-    np.testing.assert_allclose(truth, expected, atol=1e-5)
+    np.testing.assert_allclose(truth, standardized(IMAGES), atol=1e-5)
     size = PATCH * PATCH * 3
     np.testing.assert_allclose(np.mean(np.square(truth)), (size - 1) / size, rtol=1e-3)  # what the mean costs
 
@@ -124,6 +143,15 @@ def test_the_decoder_says_which_grid_it_was_given() -> None:
     decoder = MAEDecoder(features=3, width=8, depth=1, heads=2)
     with pytest.raises(Exception, match="16 patches for a grid of 3x3"):
         decoder.init(jax.random.key(0), jnp.zeros((1, 4, 8)), jnp.zeros((1, N), jnp.int32), (3, 3))
+
+
+@pytest.mark.parametrize(("cross", "memory"), [(False, jnp.zeros((1, N, 8))), (True, None)])
+def test_the_decoder_says_whether_it_takes_a_second_view(cross: bool, memory: jax.Array | None) -> None:
+    decoder = MAEDecoder(features=3, width=8, depth=1, heads=2, cross=cross)
+    with pytest.raises(UserError, match=f"decoder with cross={cross} .* second view"):
+        decoder.init(
+            jax.random.key(0), jnp.zeros((1, 4, 8)), jnp.zeros((1, N), jnp.int32), GRID, memory=memory
+        )
 
 
 def test_images_that_the_patch_does_not_divide_are_refused(mae: Bound) -> None:

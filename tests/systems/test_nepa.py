@@ -75,8 +75,10 @@ def test_qk_norm_learns_nothing(nepa: Bound) -> None:
     assert set(nepa.params["image"]["block_0"]["attention"]) == {"query", "key", "value", "out"}
 
 
-def test_towers_that_see_the_future_are_refused() -> None:
+def test_towers_that_see_the_future_or_leave_patches_out_are_refused() -> None:
     with pytest.raises(Exception, match="needs a causal tower"):
         Bound(NextEmbedding(), {"image": IMAGES}, class_tokens=1)
     with pytest.raises(Exception, match="needs a class token"):
         Bound(NextEmbedding(), {"image": IMAGES}, causal=True)
+    with pytest.raises(Exception, match="leaves patches out: patch_dropout=0.5"):
+        Bound(NextEmbedding(), {"image": IMAGES}, **FIELDS, patch_dropout=0.5)

@@ -9,7 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.masked_tiny import GRID, PATCH, TOWER, Bound, N, start_of, step_config, textures
+from tests.masked_tiny import (
+    GRID,
+    PATCH,
+    TOWER,
+    Bound,
+    Given,
+    N,
+    outputs_of,
+    start_of,
+    step_config,
+    textures,
+    weights_and_seen,
+)
 from tests.tiny import assert_trees_close, experiment_of, layout_of, random_batch
 from vlpjax.config import spec
 from vlpjax.models.image_tokenizers import DiscreteVAEEncoder, RandomProjectionTokenizer
@@ -27,23 +39,38 @@ CODES = 32
 BLOCKS = BlockWise(0.4, 2)
 
 
-def test_the_loss_is_that_of_a_plain_loop_over_hidden_pixels() -> None:
-    rebuilt = np.asarray(jax.random.normal(jax.random.key(1), IMAGES.shape))
-    mask = np.asarray(CELLS(jax.random.split(jax.random.key(0), 8), GRID))
+@pytest.fixture(scope="module")
+def simmim() -> Bound:
+    return Bound(MaskedPrediction(CELLS, PIXELS, patch=PATCH), {"image": IMAGES}, mask_token=True)
+
+
+def masks_of(bound: Bound, policy: Any = CELLS) -> np.ndarray:
+    """Which patches of eight images the loss hides."""
+    draw = bound.evaluate(lambda context: policy(context.row_keys("mask", 8), GRID), bound.params, None)
+    return np.asarray(draw)
+
+
+def test_the_loss_is_that_of_a_plain_loop_over_hidden_pixels(simmim: Bound) -> None:
+    mask, head = masks_of(simmim), simmim.params["masked_head"]["prediction"]
+    tokens = outputs_of(simmim.params["image"], IMAGES, {"mask_token": True}, masked=jnp.asarray(mask))
+    predicted = np.asarray(tokens["tokens"]) @ head["kernel"] + head["bias"]
+    rebuilt = np.asarray(join(jnp.asarray(predicted), GRID, (PATCH, PATCH)))
     hidden = np.repeat(np.repeat(mask.reshape(8, *GRID), PATCH, 1), PATCH, 2)
     total, count = 0.0, 0
     for image, row, column in np.argwhere(hidden):
         total += float(np.abs(np.asarray(IMAGES) - rebuilt)[image, row, column].sum())
         count += 1
-    expected = total / count / 3
+    loss = simmim.loss(simmim.params, {"image": IMAGES})
+    np.testing.assert_allclose(loss.value, total / count / 3, rtol=1e-5)
 
-    def loss(rebuilt: Any) -> jax.Array:
-        errors = PIXELS.error(cut(rebuilt, (PATCH, PATCH)), cut(IMAGES, (PATCH, PATCH)))
-        features = {"error": jnp.sum(errors * mask, axis=1), "masked": jnp.sum(mask, axis=1)}
-        return MaskedPrediction(CELLS, PIXELS).compare(features, None).value  # type: ignore[arg-type]
 
-    np.testing.assert_allclose(loss(rebuilt), expected, rtol=1e-5)
-    np.testing.assert_array_equal(loss(rebuilt), loss(np.where(hidden[..., None], rebuilt, 100.0)))
+@pytest.mark.parametrize("policy", [CELLS, BLOCKS], ids=lambda policy: type(policy).__name__)
+def test_what_is_not_seen_counts_and_nothing_else(policy: Any) -> None:
+    batch = {"image": IMAGES, "errors": jnp.zeros((8, N))}
+    bound = Bound(MaskedPrediction(policy, Given(), patch=PATCH), batch, mask_token=True)
+    weights, seen = weights_and_seen(bound, IMAGES)
+    np.testing.assert_array_equal(seen, ~masks_of(bound, policy))
+    np.testing.assert_allclose(weights, ~seen / np.sum(~seen), rtol=1e-6)
 
 
 def test_joining_is_the_inverse_of_cutting() -> None:
@@ -52,11 +79,10 @@ def test_joining_is_the_inverse_of_cutting() -> None:
     np.testing.assert_array_equal(join(cut(clip, (4, 8), 2), (4, 2), (4, 8), 2), clip)
 
 
-def test_hidden_pixels_are_not_seen_and_everything_else_is() -> None:
+def test_hidden_pixels_are_not_seen_and_everything_else_is(simmim: Bound) -> None:
     tower = ViT(**TOWER, mask_token=True)
-    bound = Bound(MaskedPrediction(CELLS, PIXELS, patch=PATCH), {"image": IMAGES}, mask_token=True)
     mask = CELLS(jax.random.split(jax.random.key(0), 8), GRID)
-    variables = {"params": bound.params["image"]}
+    variables = {"params": simmim.params["image"]}
     encode = jax.jit(lambda images: tower.apply(variables, images, masked=mask)["tokens"])
     hidden = jnp.repeat(jnp.repeat(mask.reshape(8, *GRID), PATCH, axis=1), PATCH, axis=2)[..., None]
     np.testing.assert_array_equal(encode(IMAGES), encode(jnp.where(hidden, 50.0, IMAGES)))

@@ -96,6 +96,11 @@ class MAEDecoder(nn.Module):
             raise UserError(
                 f"The decoder was given {restore.shape[1]} patches for a grid of {grid[0]}x{grid[1]}."
             )
+        if self.cross != (memory is not None):
+            raise UserError(
+                f"A decoder with cross={self.cross} was called {'without' if self.cross else 'with'} the tokens of a "
+                "second view, its memory."
+            )
         dtype = self.dtype or tokens.dtype
         embed = dense(self.width, (None, "embed"), stddev=tokens.shape[-1] ** -0.5, name="embed", dtype=dtype)
         initial = named(nn.initializers.normal(0.02), None, None, "embed")

@@ -142,11 +142,12 @@ class Context:
             if teacher is None:
                 self.outputs[where] = self.student.call(tower, inputs, **{"train": self.train, **options})
             else:
-                outputs = self._teacher(teacher).call(tower, inputs, train=False, **options)
+                outputs = self.teacher(teacher).call(tower, inputs, train=False, **options)
                 self.outputs[where] = jax.tree.map(jax.lax.stop_gradient, outputs)
         return self.outputs[where]
 
-    def _teacher(self, name: str) -> Towers:
+    def teacher(self, name: str) -> Towers:
+        """A teacher's towers; an unknown name is an error that lists the teachers there are."""
         if name not in self.teachers:
             raise UserError(
                 f"objectives.{self.objective} asks for the teacher {name!r}{suggest(name, self.teachers)}."
@@ -162,7 +163,7 @@ class Context:
         full = head_name(self.objective, name)
         if teacher is None:
             return self.student.call(full, *args, train=self.train, **kwargs)
-        outputs = self._teacher(teacher).call(full, *args, train=self.train, **kwargs)
+        outputs = self.teacher(teacher).call(full, *args, train=self.train, **kwargs)
         return jax.tree.map(jax.lax.stop_gradient, outputs)
 
     def key(self, name: str) -> jax.Array:

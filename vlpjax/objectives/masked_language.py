@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,8 @@ from jaxtyping import Array, Bool, Int
 
 from vlpjax.errors import UserError
 from vlpjax.models.text import MaskedLanguageHead
-from vlpjax.models.towers import Towers
-from vlpjax.objectives.base import BatchCoupled, Context, Loss, head_name
-from vlpjax.objectives.masking import spans
+from vlpjax.objectives.base import BatchCoupled, Context, Loss
+from vlpjax.objectives.masking import lowest, members, spans
 from vlpjax.objectives.targets import loss_of_sums, sums_per_example
 
 
@@ -38,7 +38,7 @@ def hide_tokens(
       hideable: tokens that may be hidden: neither padding nor special.
       vocabulary: random ids are below it.
       shares: of the mask token and of random ids.
-      in_spans: hide runs of tokens; tokens that may not be hidden interrupt a run and reduce the count.
+      in_spans: hide runs of tokens; a run goes on behind tokens that may not be hidden.
 
     Source: "BERT", arXiv 1810.04805, section 3.1; spans as in "SpanBERT", arXiv 1907.10529.
     """
@@ -46,11 +46,10 @@ def hide_tokens(
     total = jnp.sum(hideable)
     count = jnp.minimum(jnp.maximum(jnp.round(ratio * total).astype(jnp.int32), 1), total)
     if in_spans:
-        chosen = spans(choice_key, len(ids), count, jnp.max(jnp.where(hideable, jnp.arange(len(ids)) + 1, 0)))
-        chosen = chosen & hideable
+        rank = jnp.cumsum(hideable) - 1  # among the tokens that may be hidden
+        chosen = spans(choice_key, len(ids), count, total)[rank] & hideable
     else:
-        order = jax.random.uniform(choice_key, ids.shape) + jnp.where(hideable, 0.0, 2.0)
-        chosen = jnp.argsort(jnp.argsort(order)) < count
+        chosen = lowest(jax.random.uniform(choice_key, ids.shape) + jnp.where(hideable, 0.0, 2.0), count)
     kind = jax.random.uniform(kind_key, ids.shape)
     random = jax.random.randint(id_key, ids.shape, 0, vocabulary)
     read = jnp.where(kind < shares[0], mask_id, jnp.where(kind < sum(shares), random, ids))
@@ -129,26 +128,30 @@ class MaskedLanguage(BatchCoupled):
             )
 
         read, chosen = jax.vmap(hide)(context.row_keys("tokens", len(ids)), ids, hideable)  # [B, L]
-        logits = self._logits(context, read, None)  # [B, L, V]
-        errors = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
+        most = max(1, math.ceil(self.ratio * ids.shape[1]))
+        places, counted = jax.vmap(lambda mask: members(mask, most))(chosen)  # [B, M]
+        labels = jnp.take_along_axis(ids, places, axis=1)
+        logits = self._logits(context, read, places, None)  # [B, M, V]
+        errors = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         if self.teacher:
-            target = jax.nn.softmax(self._logits(context, read, self.teacher))
+            target = jax.nn.softmax(self._logits(context, read, places, self.teacher))
             errors = (1 - self.soft) * errors + self.soft * optax.softmax_cross_entropy(logits, target)
-        hits = jnp.argmax(logits, axis=-1) == ids
-        return sums_per_example(chosen, error=errors, accuracy=hits.astype(jnp.float32))
+        hits = jnp.argmax(logits, axis=-1) == labels
+        return sums_per_example(counted, error=errors, accuracy=hits.astype(jnp.float32))
 
     def compare(self, features: dict[str, jax.Array], context: Context) -> Loss:
         return loss_of_sums(features)
 
-    def _logits(self, context: Context, ids: jax.Array, teacher: str | None) -> jax.Array:
-        """What the student or a teacher predicts from these ids; a teacher's carry no gradient."""
-        towers: Towers = context.student if teacher is None else context.teachers[teacher]
+    def _logits(self, context: Context, ids: jax.Array, places: jax.Array, teacher: str | None) -> jax.Array:
+        """What the student or a teacher predicts at these places of these ids; a teacher's carry no gradient."""
+        towers = context.student if teacher is None else context.teacher(teacher)
         options: dict[str, Any] = {"train": context.train and teacher is None}
         if self.image:
             options["memory"] = context.encode(self.image, self.image_field, teacher=teacher)["tokens"]
         tokens = towers.call(self.tower, ids, **options)["tokens"]
+        hidden = jnp.take_along_axis(tokens, places[..., None], axis=1)  # [B, M, D]
         table = None
         if self.tied:
             table = nn.meta.unbox(towers[self.tower].variables["params"]["token_embedding"]["embedding"])
-        logits = towers.call(head_name(context.objective, "head"), tokens, table)
-        return logits if teacher is None else jax.lax.stop_gradient(logits)
+        logits: jax.Array = context.head("head", hidden, table, teacher=teacher)
+        return logits

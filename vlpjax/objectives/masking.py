@@ -51,9 +51,14 @@ def random_split(key: jax.Array, patches: int, kept: int) -> Split:
     return Split(shuffle[:kept], restore, restore >= kept)
 
 
+def lowest(chance: Float[Array, " size"], count: Count) -> Bool[Array, " size"]:
+    """Hides the ``count`` places where ``chance`` is lowest; ``count`` may be traced."""
+    return jnp.argsort(jnp.argsort(chance)) < count
+
+
 def random_subset(key: jax.Array, size: int, count: Count) -> Bool[Array, " {size}"]:
-    """Hides exactly ``count`` of ``size``, which may be traced."""
-    return jnp.argsort(jnp.argsort(jax.random.uniform(key, (size,)))) < count
+    """Hides exactly ``count`` of ``size``; ``count`` may be traced."""
+    return lowest(jax.random.uniform(key, (size,)), count)
 
 
 def random_grid(
@@ -82,8 +87,7 @@ def rectangle(
 def complete(key: jax.Array, mask: Bool[Array, "*shape"], count: Count) -> Bool[Array, "*shape"]:
     """Hides further places at random until ``count`` are hidden; a mask that hides as many stays as it is."""
     chance = jax.random.uniform(key, (mask.size,)) - mask.reshape(-1)  # what is hidden comes first
-    rank = jnp.argsort(jnp.argsort(chance))
-    return (rank < jnp.maximum(count, mask.sum())).reshape(mask.shape)
+    return lowest(chance, jnp.maximum(count, mask.sum())).reshape(mask.shape)
 
 
 def block_wise(
@@ -164,9 +168,11 @@ def multi_block(
 ) -> MultiBlock:
     """Several target blocks, which may overlap, and one large square context block without them.
 
+    For predicting a teacher's features of the targets from a tower that sees the context only: :func:`members` makes
+    the tower's ``keep`` of the context, and the places to predict of each target.
+
     Areas (shares of the grid) and aspect ratios (height over width) are uniform in their ranges.  All targets of an
-    example have one size.  How many patches the context has is a matter of chance; :func:`members` makes indices of
-    it.
+    example have one size.  How many patches the context has is a matter of chance.
 
     Source: "Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture", arXiv 2301.08243,
     section 3.
@@ -242,7 +248,7 @@ def spans(
 
     mask, _ = jax.lax.while_loop(unfinished, attempt, (jnp.zeros(size, bool), jnp.int32(0)))
     chance = jax.random.uniform(rest_key, (size,)) - mask + 2.0 * (index >= real)
-    return jnp.argsort(jnp.argsort(chance)) < count
+    return lowest(chance, count)
 
 
 # --- groups of pixels -------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from flax import linen as nn
 
 from vlpjax.errors import UserError
 from vlpjax.models.mae import PatchPrediction
-from vlpjax.objectives.base import Context, Loss, Objective
+from vlpjax.objectives.base import Context, Loss, Objective, normalize
 from vlpjax.objectives.masked_image import patch_grid
-from vlpjax.objectives.masking import random_subset
+from vlpjax.objectives.masking import RandomPatches
 from vlpjax.objectives.targets import distance
 
 
@@ -40,6 +40,11 @@ class NextEmbedding(Objective):
         tower = context.student[self.tower]
         if not tower.causal:
             raise UserError(f"NextEmbedding needs a causal tower, but {self.tower!r} has causal=False.")
+        if tower.patch_dropout:
+            raise UserError(
+                f"NextEmbedding predicts every patch from those before it, but {self.tower!r} leaves patches out: "
+                f"patch_dropout={tower.patch_dropout}."
+            )
         outputs = context.encode(self.tower, self.image, variant="embedded", embedded=True)
         if "prefix" not in outputs:
             raise UserError(
@@ -58,8 +63,7 @@ def next_embedding_loss(predicted: jax.Array, embedded: jax.Array) -> Loss:
     The metric ``spread`` is the variance of the embeddings' directions, which is 0 when they have collapsed.
     """
     errors = distance(predicted, embedded, "cosine")  # [B, N]
-    directions = embedded / jnp.linalg.norm(embedded, axis=-1, keepdims=True).clip(1e-8)
-    spread = jnp.mean(jnp.var(directions.astype(jnp.float32), axis=1).sum(axis=-1))  # within an image
+    spread = jnp.mean(jnp.var(normalize(embedded), axis=1).sum(axis=-1))  # within an image
     return Loss(jnp.mean(errors) - 1.0, {"spread": jax.lax.stop_gradient(spread)})
 
 
@@ -68,31 +72,22 @@ class PositionPrediction(Objective):
     """MP3: every patch, without positions, predicts where it stands; only some patches may be attended to.
 
     L = mean over all patches of the cross-entropy between a linear layer of its token and its number in reading
-    order.  A random set of floor((1 - ratio) N) patches serves as keys and values in every block.
+    order.  Only the patches that the mask leaves serve as keys and values, the same in every block.
 
     Attributes:
+      mask: which patches are not attended to.
+      grid: rows and columns of patches, which are the classes.
       tower, image: name of the tower, a ViT without positions and class tokens, and the field that it reads.
-      patch, grid: side of a patch in pixels, and rows and columns of patches, which are the classes.
-      ratio: share of the patches that are not attended to.
+      patch: side of a patch, in pixels.
 
     Source: "Position Prediction as an Effective Pretraining Strategy", arXiv 2207.07611, section 3.
     """
 
+    mask: RandomPatches
     grid: tuple[int, int]
     tower: str = "image"
     image: str = "image"
     patch: int = 16
-    ratio: float = 0.75
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.ratio < 1.0 or not self._context:
-            raise UserError(
-                f"PositionPrediction.ratio is {self.ratio}; of {math.prod(self.grid)} patches one must be seen."
-            )
-
-    @property
-    def _context(self) -> int:
-        return int((1 - self.ratio) * math.prod(self.grid))
 
     def heads(self) -> dict[str, nn.Module]:
         # Zeros: at the start every position is equally likely, and the loss is log N.
@@ -101,12 +96,10 @@ class PositionPrediction(Objective):
     def __call__(self, context: Context) -> Loss:
         images = context.read(self.image)
         self._check(context, images)
-        patches = math.prod(self.grid)
-        keys = context.row_keys("context", len(images))
-        seen = jax.vmap(lambda key: random_subset(key, patches, self._context))(keys)  # [B, N]
+        seen = ~self.mask(context.row_keys("context", len(images)), self.grid)  # [B, N]
         outputs = context.encode(self.tower, self.image, variant=f"{context.objective}/context", keys=seen)
         logits = context.head("head", outputs["tokens"])  # [B, N, N]
-        places = jnp.broadcast_to(jnp.arange(patches), logits.shape[:2])
+        places = jnp.broadcast_to(jnp.arange(logits.shape[1]), logits.shape[:2])
         errors = optax.softmax_cross_entropy_with_integer_labels(logits, places)
         accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == places)
         return Loss(jnp.mean(errors), {"accuracy": accuracy})
@@ -116,6 +109,11 @@ class PositionPrediction(Objective):
         if grid != tuple(self.grid):
             raise UserError(f"PositionPrediction.grid is {self.grid}, but the images have {grid} patches.")
         tower = context.student[self.tower]
+        if tower.causal or tower.patch_dropout:
+            raise UserError(
+                f"PositionPrediction asks every patch for its place among all of them, so {self.tower!r} must neither "
+                f"count them (causal={tower.causal}) nor leave any out (patch_dropout={tower.patch_dropout})."
+            )
         if tower.positions != "none" or tower.pool == "cls" or tower.class_tokens or tower.stem != "linear":
             raise UserError(
                 f"PositionPrediction needs a tower that knows no positions: positions='none', no class tokens and "

@@ -6,6 +6,7 @@ patch.  Truths carry no gradient.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,13 +39,6 @@ def distance(
     if kind == "smooth_l1":
         return jnp.mean(optax.huber_loss(predicted, truth), axis=-1)
     raise UserError(f"A distance is {kind!r}; there are {', '.join(map(repr, DISTANCES))}.")
-
-
-def _check_distance(owner: object, kind: str) -> None:
-    if kind not in DISTANCES:
-        raise UserError(
-            f"{type(owner).__name__}.distance is {kind!r}; there are {', '.join(map(repr, DISTANCES))}."
-        )
 
 
 def standardized_patches(
@@ -91,21 +85,36 @@ class Target:
         raise UserError(f"{type(self).__name__} predicts no pixels, so there is no picture of it.")
 
 
-@dataclass(frozen=True)
-class Pixels(Target):
-    """The pixels of the patch.
+@dataclass(frozen=True, kw_only=True)
+class Vectors(Target):
+    """Base of the targets that are a vector per patch.
 
     Attributes:
-      standardize: per patch, as MAE does (arXiv 2111.06377, section 3); SimMIM (arXiv 2111.09886) takes them as they
-        are in the batch.
-      distance: a key of :data:`DISTANCES`: MAE ``"l2"``, SimMIM ``"l1"``.
+      distance: a key of :data:`DISTANCES`, from the prediction to the vector.
     """
 
-    standardize: bool = True
     distance: str = "l2"
 
     def __post_init__(self) -> None:
-        _check_distance(self, self.distance)
+        if self.distance not in DISTANCES:
+            raise UserError(
+                f"{type(self).__name__}.distance is {self.distance!r}; there are {', '.join(map(repr, DISTANCES))}."
+            )
+
+    def error(self, predicted: jax.Array, truth: jax.Array) -> jax.Array:
+        return distance(predicted, truth, self.distance)
+
+
+@dataclass(frozen=True)
+class Pixels(Vectors):
+    """The pixels of the patch.
+
+    Attributes:
+      standardize: per patch, as MAE does (arXiv 2111.06377, section 3), with the distance ``"l2"``; SimMIM (arXiv
+        2111.09886) takes them as they are in the batch, with ``"l1"``.
+    """
+
+    standardize: bool = True
 
     def features(self, patch: tuple[int, int], channels: int) -> int:
         return math.prod(patch) * channels
@@ -113,9 +122,6 @@ class Pixels(Target):
     def truth(self, context: Context, images: jax.Array, patch: tuple[int, int]) -> jax.Array:
         pixels = cut(images.astype(jnp.float32), patch)  # [B, N, p q c]
         return jax.lax.stop_gradient(standardized_patches(pixels) if self.standardize else pixels)
-
-    def error(self, predicted: jax.Array, truth: jax.Array) -> jax.Array:
-        return distance(predicted, truth, self.distance)
 
     def pixels(self, predicted: jax.Array, images: jax.Array, patch: tuple[int, int]) -> jax.Array:
         """As predicted; standardised pixels take mean and deviation from the patch itself, as MAE's pictures do."""
@@ -127,14 +133,13 @@ class Pixels(Target):
 
 
 @dataclass(frozen=True)
-class Features(Target):
+class Features(Vectors):
     """The tokens that a teacher's tower makes of the whole image.
 
     Attributes:
       teacher, tower: whose tokens.
       width: of the tokens.
       standardize: to mean 0 and variance 1 per token, without learned scale (data2vec, arXiv 2202.03555).
-      distance: a key of :data:`DISTANCES`.
     """
 
     width: int
@@ -142,10 +147,7 @@ class Features(Target):
     tower: str = "image"
     field: str = "image"
     standardize: bool = True
-    distance: str = "smooth_l1"
-
-    def __post_init__(self) -> None:
-        _check_distance(self, self.distance)
+    distance: str = dataclasses.field(default="smooth_l1", kw_only=True)
 
     def features(self, patch: tuple[int, int], channels: int) -> int:
         return self.width
@@ -155,9 +157,6 @@ class Features(Target):
         if self.standardize:
             tokens = jax.nn.standardize(tokens, axis=-1, epsilon=1e-6)
         return jax.lax.stop_gradient(tokens)
-
-    def error(self, predicted: jax.Array, truth: jax.Array) -> jax.Array:
-        return distance(predicted, truth, self.distance)
 
 
 @dataclass(frozen=True)
@@ -214,23 +213,18 @@ def oriented_gradients(
 
 
 @dataclass(frozen=True)
-class OrientedGradients(Target):
+class OrientedGradients(Vectors):
     """Histograms of oriented gradients of the whole image, those of a patch's cells together (MaskFeat).
 
     Attributes:
       bins: of orientation.
       cell: side in pixels; divides the patch's.
-      distance: a key of :data:`DISTANCES`.
 
     Source: arXiv 2112.09133, section 3.2 and table 1.
     """
 
     bins: int = 9
     cell: int = 8
-    distance: str = "l2"
-
-    def __post_init__(self) -> None:
-        _check_distance(self, self.distance)
 
     def features(self, patch: tuple[int, int], channels: int) -> int:
         if patch[0] % self.cell or patch[1] % self.cell:
@@ -245,9 +239,6 @@ class OrientedGradients(Target):
         return jax.lax.stop_gradient(
             rearrange(cells, pattern, p=patch[0] // self.cell, q=patch[1] // self.cell)
         )
-
-    def error(self, predicted: jax.Array, truth: jax.Array) -> jax.Array:
-        return distance(predicted, truth, self.distance)
 
 
 def sums_per_example(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from vlpjax.data.sources.base import Example, digest
+from vlpjax.data.sources.base import Example, checked_index, digest
 from vlpjax.errors import UserError
 
 _ARRAY = re.compile(r"(float32|int32|uint8|bool)\[((?:\d+(?:,\d+)*)?)\]")
@@ -30,10 +29,7 @@ class Declared:
 
     def __post_init__(self) -> None:
         for name, text in self.example.items():
-            if not _ARRAY.fullmatch(text.replace(" ", "")):
-                raise UserError(
-                    f"The declared field {name!r} is {text!r}; write a type and a shape, such as 'float32[224,224,3]'."
-                )
+            _declared(name, text)
         if self.examples < 1:
             raise UserError(f"The declared number of examples is {self.examples}; it is 1 or more.")
 
@@ -41,9 +37,8 @@ class Declared:
         return self.examples
 
     def __getitem__(self, index: SupportsIndex) -> Example:
-        if not 0 <= operator.index(index) < self.examples:
-            raise IndexError(f"There are {self.examples} declared examples, and no number {index}.")
-        return {name: self._zeros(text) for name, text in self.example.items()}
+        checked_index(index, self.examples, self)
+        return {name: np.zeros(*_declared(name, text)) for name, text in self.example.items()}
 
     def describe(self, index: int) -> str:
         return f"declared example {index}"
@@ -51,8 +46,12 @@ class Declared:
     def fingerprint(self) -> str:
         return digest("declared", self.examples, dict(self.example))
 
-    @staticmethod
-    def _zeros(text: str) -> np.ndarray:
-        match = _ARRAY.fullmatch(text.replace(" ", ""))
-        assert match is not None
-        return np.zeros([int(size) for size in match[2].split(",") if size], match[1])
+
+def _declared(name: str, text: str) -> tuple[tuple[int, ...], str]:
+    """The shape and the type of a field that is declared as ``text``."""
+    match = _ARRAY.fullmatch(text.replace(" ", ""))
+    if match is None:
+        raise UserError(
+            f"The declared field {name!r} is {text!r}; write a type and a shape, such as 'float32[224,224,3]'."
+        )
+    return tuple(int(size) for size in match[2].split(",") if size), match[1]

@@ -24,7 +24,6 @@ class OverlappingCrops(grain_transforms.RandomMap):
       overlap: smallest share of the side that the crops have in common, in each direction; in (0, 1].
       margin: side of the resized image over `size`, at least 1.
       names: fields of the first and the second crop.
-      align: offsets between the crops are multiples of so many pixels.
       drop: whether the field itself goes.
     """
 
@@ -32,7 +31,6 @@ class OverlappingCrops(grain_transforms.RandomMap):
     overlap: float = 0.5
     margin: float = 1.5
     names: tuple[str, str] = ("view1", "view2")
-    align: int = 1
     field: str = "image"
     drop: bool = True
 
@@ -43,21 +41,16 @@ class OverlappingCrops(grain_transforms.RandomMap):
             raise UserError(
                 f"OverlappingCrops.margin is {self.margin}; the image must not be smaller than a crop"
             )
-        if self.align < 1:
-            raise UserError(f"OverlappingCrops.align is {self.align}; it is a number of pixels")
 
     def random_map(self, element: Example, rng: np.random.Generator) -> Example:
         image = require(element, self.field, Image.Image)
         side = round(self.margin * self.size)
         resized = image.resize((side, side), Image.Resampling.BILINEAR)
         room = side - self.size
-        furthest = min(int((1 - self.overlap) * self.size), room) // self.align
+        furthest = int((1 - self.overlap) * self.size)
         first = rng.integers(0, room + 1, size=2)
-        steps = rng.integers(-furthest, furthest + 1, size=2) * self.align
-        # A step that would leave the image is taken the other way; `furthest` is at most the room there is.
-        outside = (first + steps < 0) | (first + steps > room)
-        second = np.where(outside, first - steps, first + steps)
-        second = np.where((second < 0) | (second > room), first, second)
+        before, after = np.minimum(first, furthest), np.minimum(room - first, furthest)
+        second = first + rng.integers(-before, after + 1)
         made = {
             name: self._crop(resized, corner)
             for name, corner in zip(self.names, (first, second), strict=True)
