@@ -133,6 +133,33 @@ def norm(name: str, kind: str = "layer", dtype: Any = None, epsilon: float = 1e-
     raise UserError(f"norm is {kind!r}; there are {', '.join(map(repr, NORMS))}.")
 
 
+def batch_norm(
+    name: str,
+    train: bool,
+    *,
+    affine: bool = True,
+    scale: Callable[..., Any] = nn.initializers.ones,
+    dtype: Any = None,
+) -> nn.BatchNorm:
+    """BatchNorm over all examples of the global batch: statistics in float32, running ones outside training.
+
+    Args:
+      affine: whether a scale and a bias are learned.
+      scale: the scale's initializer.
+    """
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        use_scale=affine,
+        use_bias=affine,
+        dtype=dtype,
+        scale_init=named(scale, "activation"),
+        bias_init=named(nn.initializers.zeros, "activation"),
+        name=name,
+    )
+
+
 class KeyValues(NamedTuple):
     """Keys and values of the tokens that a decoder has seen, one layer's or (stacked) all layers'."""
 
