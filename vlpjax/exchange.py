@@ -221,14 +221,12 @@ def extract_run(
       UserError: a run, tower, teacher or size that there is not; nothing is written then.
     """
     modules, _ = build_modules(read_config(workdir), "float32")
-    if not isinstance(modules.get(tower), ElasticViT):
-        elastic = [name for name, module in modules.items() if isinstance(module, ElasticViT)]
-        raise UserError(
-            f"The run in {workdir!r} has no elastic tower {tower!r}; "
-            f"{f'it has {elastic[0]!r}' if elastic else 'it has none'}."
-        )
+    elastic = modules.get(tower)
+    if not isinstance(elastic, ElasticViT):
+        known = [name for name, module in modules.items() if isinstance(module, ElasticViT)]
+        raise UserError(f"The run in {workdir!r} has no elastic tower {tower!r}{suggest(tower, known)}.")
     variables = load_variables(workdir, params)
-    cut, vit = extract(variables["params"][tower], modules[tower].tower, width, depth)
+    cut, vit = extract(variables["params"][tower], elastic.tower, width, depth)
     config = Config(
         name=f"{width}x{depth} of {Path(workdir).name}",
         towers={tower: described(vit.clone(dtype=None))},

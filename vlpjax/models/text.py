@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
@@ -207,7 +206,7 @@ class TextTransformer(nn.Module):
     def _positions(self, count: int) -> Float[Array, "{count} width"]:
         """What tells the first ``count`` places apart."""
         if self.positions == "sincos":
-            return sincos_positions(np.arange(count)[:, None], self.width)
+            return sincos_positions(jnp.arange(count)[:, None], self.width)
         if self.positions != "learned":
             raise UserError(
                 f"TextTransformer.positions is {self.positions!r}; there are 'learned' and 'sincos'."
