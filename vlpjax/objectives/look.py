@@ -107,7 +107,8 @@ class LOOK(BatchCoupled):
         queries = normalize(context.head("projector", features["student"]))  # [B, E]
         labels, examples = context.read(self.label), context.read(self.example)
         own = References(queries, labels, examples)
-        state, references = (), References(*(constrain(x, *[None] * x.ndim) for x in own))
+        state: Any = ()
+        references = References(*(constrain(x, *[None] * x.ndim) for x in own))
         if self.queue:
             state = context.state
             references = References(state["features"], state["labels"], state["examples"])
