@@ -109,7 +109,7 @@ class Bound:
         def run(towers: Towers) -> Any:
             context = Context(
                 towers, batch, key, jnp.int32(0), teachers={self.teacher: towers} if self.teacher else {},
-                objective="masked", state=self.objective.initial_state(),
+                objective="masked", state=self.objective.initial_state(jax.random.key(0)),
             )  # fmt: skip
             return function(context)
 

@@ -1,6 +1,6 @@
 """Runs and folders of other libraries: a run becomes a folder that they load, a folder becomes a run to start from.
 
-``tools/export_torch.py`` and ``tools/import_torch.py`` are the command lines of this module.
+``tools/export_torch.py``, ``tools/import_torch.py`` and ``tools/extract_poa.py`` are the command lines of this module.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from vlpjax.data.transforms import CenterCrop, Normalize, Pad, Resize, Tiles, Tr
 from vlpjax.errors import UserError
 from vlpjax.experiment import build_modules
 from vlpjax.mesh import Layout, make_layout
+from vlpjax.models.elastic import ElasticViT, extract
 from vlpjax.models.towers import Towers
 from vlpjax.state import TrainState
 from vlpjax.weights import Preprocessing, save_pretrained
@@ -195,13 +196,55 @@ def import_folder(
         variables = read_variables(chosen, module, opened, _layout(mesh))
         if tower:
             variables = {kind: {tower: tree} for kind, tree in variables.items()}
-        (partial / "config.json").write_text(to_json(config) + "\n", encoding="utf-8")
         _write_companions(Path(model), partial)
-        checkpoints = Checkpoints(partial)
-        checkpoints.save(0, _state(variables), {"source": str(model), "family": chosen.name})
-        checkpoints.wait()
-        checkpoints.close()
+        _write_run(partial, config, variables, {"source": str(model), "family": chosen.name})
     return config
+
+
+def extract_run(
+    workdir: str,
+    out: str,
+    width: int,
+    depth: int,
+    tower: str = "image",
+    params: str = "ema",
+    overwrite: bool = False,
+) -> Config:
+    """Writes a work directory with a sub-network of a run's elastic tower, as an ordinary ViT; returns its config.
+
+    Args:
+      workdir: of a run of :class:`vlpjax.objectives.poa.POA`.
+      width, depth: of the sub-network.
+      params: whose parameters are cut: the name of a teacher, or ``"student"``.
+
+    Raises:
+      UserError: a run, tower, teacher or size that there is not; nothing is written then.
+    """
+    modules, _ = build_modules(read_config(workdir), "float32")
+    elastic = modules.get(tower)
+    if not isinstance(elastic, ElasticViT):
+        known = [name for name, module in modules.items() if isinstance(module, ElasticViT)]
+        raise UserError(f"The run in {workdir!r} has no elastic tower {tower!r}{suggest(tower, known)}.")
+    variables = load_variables(workdir, params)
+    cut, vit = extract(variables["params"][tower], elastic.tower, width, depth)
+    config = Config(
+        name=f"{width}x{depth} of {Path(workdir).name}",
+        towers={tower: described(vit.clone(dtype=None))},
+        objectives={},
+    )
+    with complete_or_nothing(Path(out).absolute(), overwrite=overwrite) as partial:
+        assert partial is not None, "one process extracts"
+        _write_run(partial, config, {"params": {tower: cut}}, {"source": str(workdir), "params": params})
+    return config
+
+
+def _write_run(workdir: Path, config: Config, variables: Any, record: dict[str, Any]) -> None:
+    """A run before its first step: its config and its only checkpoint."""
+    (workdir / "config.json").write_text(to_json(config) + "\n", encoding="utf-8")
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(0, _state(variables), record)
+    checkpoints.wait()
+    checkpoints.close()
 
 
 def described(value: Any) -> Any:

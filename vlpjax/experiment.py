@@ -103,10 +103,18 @@ class Experiment:
         """All losses of a batch on bound towers.  Initialisation runs this very code, with no teachers yet."""
         context = Context(
             student=towers, batch=batch, rng=rng, step=step, teachers=teachers, durations=self.durations,
-            row_rng=row_rng,
+            row_rng=row_rng, seed=self.seed,
         )  # fmt: skip
         return {
             name: objective(context.of(name, states[name]))
+            for name, (_, objective) in self.objectives.items()
+        }
+
+    def initial_states(self) -> dict[str, Any]:
+        """What the objectives remember before the first step."""
+        key = jax.random.key(self.seed)
+        return {
+            name: objective.initial_state(fold_name(key, f"{name}/state"))
             for name, (_, objective) in self.objectives.items()
         }
 
@@ -121,8 +129,9 @@ class Experiment:
         def run(towers: Towers) -> dict[str, Loss]:
             # While a teacher has no parameters, the student stands in for it: the shapes are the same.
             teachers = dict.fromkeys(self.teachers, towers)
-            states = {name: objective.initial_state() for name, (_, objective) in self.objectives.items()}
-            return self.run_objectives(towers, batch, key, teachers, states, jnp.zeros((), jnp.int32))
+            return self.run_objectives(
+                towers, batch, key, teachers, self.initial_states(), jnp.zeros((), jnp.int32)
+            )
 
         rngs = {"params": fold_name(key, "params"), "dropout": fold_name(key, "dropout")}
         return self.towers.init(rngs, method=run)
@@ -134,7 +143,8 @@ def build_modules(
     """The modules of an experiment (backbones and objectives' heads) and its objectives with their weights.
 
     Args:
-      dtype: compute type of the backbones that do not set one.
+      dtype: compute type of the backbones and heads that do not set one.  (What losses compare is float32: objectives
+        see to that.)
 
     Raises:
       UserError: a head whose name collides with a tower.
@@ -150,7 +160,8 @@ def build_modules(
             full = head_name(name, head)
             if full in modules:
                 raise UserError(f"objectives.{name} adds a head {full!r}, but a tower already has that name.")
-            modules[full] = module
+            unset = hasattr(module, "dtype") and module.dtype is None
+            modules[full] = module.clone(dtype=dtype) if unset else module
     return modules, objectives
 
 

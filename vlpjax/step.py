@@ -37,9 +37,7 @@ def initial_state(experiment: Experiment, batch: Any) -> TrainState:
         params=params,
         optimizer=experiment.make_optimizer(params).init(params),
         teachers={name: teacher.initial(params) for name, teacher in experiment.teachers.items()},
-        objectives={
-            name: objective.initial_state() for name, (_, objective) in experiment.objectives.items()
-        },
+        objectives=experiment.initial_states(),
         statistics=variables.get("batch_stats", {}),
     )
 
@@ -174,7 +172,7 @@ def _accumulated_gradients(
         def function(towers: Towers, rng: jax.Array, teachers: Any) -> Any:
             context = Context(
                 towers, micro_batch, rng, state.step, teachers=teachers, durations=experiment.durations,
-                rows=rows[micro], row_rng=step_key,
+                rows=rows[micro], row_rng=step_key, seed=experiment.seed,
             )  # fmt: skip
             features = {
                 name: objective.encode(context.of(name, states[name]))
@@ -200,6 +198,7 @@ def _accumulated_gradients(
                 teachers=teachers,
                 durations=experiment.durations,
                 row_rng=step_key,
+                seed=experiment.seed,
             )
             return {
                 name: objective.compare(features[name], context.of(name, state.objectives[name]))
@@ -250,8 +249,12 @@ def _apply(
     """``function`` on bound towers and teachers; returns its result and the new statistics."""
     rng = jax.random.fold_in(_step_key(experiment, state), micro)
     teachers = {
-        # Mutable, so that heads may take the statistics of the batch; what they would remember is dropped.
-        name: experiment.towers.bind({"params": params, "batch_stats": statistics}, mutable=["batch_stats"])
+        # Mutable, so that BatchNorm may take the statistics of the batch; what it would remember is dropped.
+        name: experiment.towers.bind(
+            {"params": params, "batch_stats": statistics},
+            rngs={"dropout": fold_name(rng, "teachers")},
+            mutable=["batch_stats"],
+        )
         for name, params in state.teachers.items()
     }
     variables = {"params": params, "batch_stats": statistics}

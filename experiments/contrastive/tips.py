@@ -12,7 +12,8 @@ from __future__ import annotations
 import optax
 
 from experiments import _bundled
-from experiments.self_supervised._shared import LOCAL_SIZE, SIZE, adamw, small_tower, start, vit
+from experiments._recipes import adamw, start
+from experiments.self_supervised._shared import LOCAL_SIZE, SIZE, small_tower, vit
 from experiments.self_supervised._views import chain, numbered, views
 from vlpjax.config import Config, spec
 from vlpjax.data.pipeline import Pipeline
@@ -32,6 +33,12 @@ SYSTEM = dict(
     here="two class tokens with a caption each, DINO from one large crop, masked patches",
     published="ViT-g/14, high resolution: 83.1 mIoU on PASCAL, 83.2 % k-NN on ImageNet",
     measured="not measured yet",
+)
+# Against the same run whose images teach themselves nothing: what single patches know.
+PROOF = dict(
+    against="experiments/contrastive/tips.py:small",
+    metrics=("segmentation/mean_iou", "style/text_to_image/recall@1"),
+    set_b=("objectives.patches.weight=0.0",),
 )
 LENGTH, PAPER_LENGTH, LOCAL = 12, 64, 6
 KEEP = ("image", "text", "synthetic")
@@ -106,7 +113,10 @@ def _small(config: Config) -> None:
     config.data.train = _bundled.train(steps, (*KEEP, *numbered("local", 2), "label"), batch_size=128)
     config.optimizer = adamw(1e-3, warmup="10%", clip_norm=1.0)
     config.evaluators = dict(
-        style=_bundled.retrieval(SIZE, LENGTH), knn=_bundled.knn(SIZE, params="ema", output="pooled")
+        style=_bundled.retrieval(SIZE, LENGTH),
+        knn=_bundled.knn(SIZE, params="ema", output="pooled"),
+        # Each of the two drawings on a canvas is as large as a training crop.
+        segmentation=_bundled.segmentation(2 * SIZE, params="ema"),
     )
 
 
@@ -117,7 +127,7 @@ def _paper(config: Config) -> None:
         image=vit("g-swiglu/14", class_tokens=2, position_prefix=False, position_method="bilinear", mask_token=True),
         text=spec(
             TextTransformer, vocabulary=32_000, length=PAPER_LENGTH, width=1536, depth=12, heads=24,
-            activation="relu", causal=False, mask_padding=True, pool="mean",
+            activation="relu", causal=False, mask_padding=True, pool="mean", positions="sincos", embed_scale=1536**0.5,
         ),
     )  # fmt: skip
     config.objectives = _objectives(32_768, LOCAL)

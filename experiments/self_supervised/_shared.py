@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from experiments import _bundled
-from experiments._recipes import IMAGENET_EXAMPLES, adamw, imagenet, imagenet_labelled, start
+from experiments._recipes import IMAGENET_EXAMPLES, adamw, imagenet, imagenet_labelled
 from vlpjax.config import Config, spec
 from vlpjax.evaluators.knn import KNN
 from vlpjax.models.resnet import ResNet
@@ -17,7 +17,6 @@ from vlpjax.models.vit_variants import variant
 from vlpjax.optim.lars import lars
 from vlpjax.optim.optimizer import Optimizer, Schedule
 
-__all__ = ["adamw", "start"]  # which its experiments take from here too
 SIZE, LOCAL_SIZE = 32, 16  # of the small runs' crops, in pixels
 SCALE, LOCAL_SCALE = (0.3, 1.0), (0.1, 0.4)  # of the small runs' crops: drawings fill their frame
 NORMALIZE = _bundled.normalize()

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from experiments._recipes import adamw, start
 from experiments.self_supervised._shared import (
     LOCAL_SCALE,
     LOCAL_SIZE,
     NORMALIZE,
     SCALE,
     SIZE,
-    adamw,
     paper,
     small,
-    start,
     vit,
 )
 from experiments.self_supervised._views import multi_crop, numbered

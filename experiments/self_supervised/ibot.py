@@ -7,7 +7,8 @@ Needs nothing for ``ibot.py:small`` (the default).  ``ibot.py:paper`` is the pub
 
 from __future__ import annotations
 
-from experiments.self_supervised._shared import adamw, paper, start, vit
+from experiments._recipes import adamw, start
+from experiments.self_supervised._shared import paper, vit
 from experiments.self_supervised._views import multi_crop, numbered
 from experiments.self_supervised.dino import SMALL_HEAD, small_distillation
 from vlpjax.config import Config, spec

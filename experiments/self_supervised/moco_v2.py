@@ -8,7 +8,8 @@ for eight accelerators.
 
 from __future__ import annotations
 
-from experiments.self_supervised._shared import NORMALIZE, SCALE, SIZE, paper, resnet50, small, start
+from experiments._recipes import start
+from experiments.self_supervised._shared import NORMALIZE, SCALE, SIZE, paper, resnet50, small
 from experiments.self_supervised._views import EVEN, symmetric
 from vlpjax.config import Config, spec
 from vlpjax.objectives.moco import MoCoV2

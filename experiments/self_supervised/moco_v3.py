@@ -8,7 +8,8 @@ for a pod.  In both the patch projection stays as it was initialised.
 
 from __future__ import annotations
 
-from experiments.self_supervised._shared import NORMALIZE, SCALE, SIZE, adamw, paper, small, start, vit
+from experiments._recipes import adamw, start
+from experiments.self_supervised._shared import NORMALIZE, SCALE, SIZE, paper, small, vit
 from experiments.self_supervised._views import asymmetric
 from vlpjax.config import Config, spec
 from vlpjax.objectives.moco import MoCoV3

@@ -3,12 +3,14 @@
 python -m vlpjax.main --config=experiments/self_supervised/poa.py --workdir=runs/poa
 
 Needs nothing for ``poa.py:small`` (the default).  ``poa.py:paper`` is the published ViT-L/16 with its 143 sizes on
-ImageNet-1K.  Sub-networks are cut out of the teacher's parameters by :func:`vlpjax.models.elastic.extract`.
+ImageNet-1K.  Networks are cut out of the teacher with
+``python tools/extract_poa.py --workdir=runs/poa --width=64 --depth=2 --out=runs/poa-64x2``.
 """
 
 from __future__ import annotations
 
-from experiments.self_supervised._shared import adamw, paper, small_tower, start, vit
+from experiments._recipes import adamw, start
+from experiments.self_supervised._shared import paper, small_tower, vit
 from experiments.self_supervised._views import multi_crop, numbered
 from experiments.self_supervised.dino import small_distillation
 from vlpjax.config import Config, spec

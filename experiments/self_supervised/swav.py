@@ -8,6 +8,7 @@ two crops of 224 and six of 96 pixels, for a pod.
 
 from __future__ import annotations
 
+from experiments._recipes import start
 from experiments.self_supervised._shared import (
     LOCAL_SCALE,
     LOCAL_SIZE,
@@ -18,7 +19,6 @@ from experiments.self_supervised._shared import (
     paper,
     resnet50,
     small,
-    start,
 )
 from experiments.self_supervised._views import STRONG, multi_crop, numbered
 from vlpjax.config import Config, spec

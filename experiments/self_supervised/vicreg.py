@@ -8,16 +8,8 @@ for a pod.
 
 from __future__ import annotations
 
-from experiments.self_supervised._shared import (
-    NORMALIZE,
-    SCALE,
-    SIZE,
-    lars_optimizer,
-    paper,
-    resnet50,
-    small,
-    start,
-)
+from experiments._recipes import start
+from experiments.self_supervised._shared import NORMALIZE, SCALE, SIZE, lars_optimizer, paper, resnet50, small
 from experiments.self_supervised._views import asymmetric
 from vlpjax.config import Config, spec
 from vlpjax.objectives.vicreg import VICReg

@@ -109,5 +109,8 @@ def test_what_has_no_sub_networks_is_told(params: Any) -> None:
         extract(params, WHOLE, 16, 4)
     with pytest.raises(UserError, match="not scanned"):
         jax.eval_shape(ElasticViT(WHOLE.clone(scan=True)).init, jax.random.key(0), IMAGES)
+    for fields in (dict(stem="conv"), dict(pooler=True)):
+        with pytest.raises(UserError, match="a linear stem and no pooler"):
+            jax.eval_shape(ElasticViT(WHOLE.clone(**fields)).init, jax.random.key(0), IMAGES)
     with pytest.raises(UserError, match="no projection"):
         jax.eval_shape(ElasticViT(WHOLE.clone(embedding=4)).init, jax.random.key(0), IMAGES)

@@ -125,6 +125,15 @@ def test_a_layer_norm_needs_no_batch() -> None:
     np.testing.assert_allclose(whole[:1], head.apply(variables, X[:1]), rtol=1e-5, atol=1e-6)
 
 
+def test_every_layer_but_the_last_is_split_along_both_axes_of_the_mesh() -> None:
+    boxed = jax.eval_shape(lambda: MLPHead((8, 16, 24, 32)).init(jax.random.key(0), np.zeros((2, 8))))[
+        "params"
+    ]
+    shardings = layout_of(8, fsdp=4, tensor=2).shard_parameters(boxed)
+    split = [tuple(shardings[f"layer_{index}"]["kernel"].spec) for index in range(4)]
+    assert split == [("fsdp", "tensor"), ("tensor", "fsdp"), ("fsdp", "tensor"), ("tensor", None)]
+
+
 def test_kernels_start_with_the_spread_that_they_are_told() -> None:
     wide = np.zeros((2, 200), np.float32)
 

@@ -90,6 +90,12 @@ def test_sines_and_cosines(form: str, last: float) -> None:
     np.testing.assert_allclose(features, wanted, atol=1e-6)
 
 
+def test_places_in_a_text_have_sines_then_cosines() -> None:
+    rates = np.geomspace(1, 1e-4, 8)
+    wanted = [[*np.sin(place * rates), *np.cos(place * rates)] for place in range(5)]
+    np.testing.assert_allclose(sincos_positions(np.arange(5)[:, None], 16), wanted, atol=1e-6)
+
+
 def test_turned_products_depend_on_differences_of_rows_and_columns() -> None:
     query, key = jnp.asarray(RANDOM.normal(size=(2, 1, 1, 1, 16)), jnp.float32)
 

@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 
 from vlpjax.errors import UserError
+from vlpjax.models.positions_2d import sincos_positions
 from vlpjax.models.text import MaskedLanguageHead, TextTransformer
 
 TOWER = TextTransformer(vocabulary=20, length=8, width=16, depth=2, heads=2, embedding=8)
@@ -53,6 +54,19 @@ def test_padding_does_not_matter_and_words_do(variables: Any) -> None:
     changed[:, 0] += 1
     other = TOWER.apply(variables, changed)["embedding"]
     assert float(np.min(np.abs(np.asarray(other - whole)).max(axis=1))) > 1e-4
+
+
+def test_fixed_positions_are_added_to_scaled_words() -> None:
+    fields: dict[str, Any] = dict(positions="sincos", embed_scale=4.0, final_norm=False)
+    tower = TextTransformer(20, 8, width=16, depth=0, heads=2, **fields)
+    variables = tower.init(jax.random.key(0), IDS)
+    assert set(variables["params"]) == {"token_embedding"}
+    words = np.asarray(nn.unbox(variables)["params"]["token_embedding"]["embedding"])[IDS]
+    places = sincos_positions(np.arange(8)[:, None], 16)
+    tokens = tower.apply(variables, IDS)["tokens"]
+    np.testing.assert_allclose(tokens, 4 * words + places, rtol=1e-6, atol=1e-7)
+    with pytest.raises(UserError, match=r"positions is 'rotary'.*'sincos'"):
+        jax.eval_shape(tower.clone(positions="rotary").init, jax.random.key(0), IDS)
 
 
 def test_the_end_of_text_need_not_be_the_largest_id(variables: Any) -> None:

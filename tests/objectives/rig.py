@@ -137,7 +137,7 @@ def _context(
         jax.random.key(0),
         jnp.int32(step),
         teachers=teachers,
-        state=objective.initial_state() if state is None else state,
+        state=objective.initial_state(jax.random.key(0)) if state is None else state,
         objective="loss",
         durations=DURATIONS,
     )

@@ -11,10 +11,21 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from tests.objectives.rig import experiment_of, run_config, views
+from vlpjax.config import TYPE, Config, spec
 from vlpjax.durations import Durations
 from vlpjax.errors import UserError
 from vlpjax.models.towers import Towers
 from vlpjax.objectives.base import Context, fold_name, normalize
+from vlpjax.objectives.byol import BYOL
+from vlpjax.objectives.ibot import IBOT
+from vlpjax.objectives.look import LOOK
+from vlpjax.objectives.moco import MoCoV2, MoCoV3
+from vlpjax.objectives.ntxent import NTXent
+from vlpjax.objectives.swav import SwAV
+from vlpjax.objectives.vicreg import VICReg
+from vlpjax.step import gradients, initial_state
+from vlpjax.teachers import EMA
 
 B = 3
 RNG = np.random.default_rng(0)
@@ -110,6 +121,63 @@ def test_a_teacher_has_its_own_parameters_runs_without_training_and_gets_no_grad
     kernel = OTHER["image"]["Dense_0"]
     expected = VIEWS["one"].reshape(B, -1, 3) @ kernel["kernel"] + kernel["bias"]  # without training's 2
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+class Normed(nn.Module):
+    """Pixels under BatchNorm; in training a third of them is dropped."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
+        pixels = nn.BatchNorm(use_running_average=not train, name="norm")(images)
+        return {"tokens": pixels, "dropped": nn.Dropout(1 / 3, deterministic=not train)(pixels)}
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_teacher_with_batch_norm_takes_the_statistics_of_its_batch_in_training(train: bool) -> None:
+    towers = Towers.of({"image": Normed()})
+    params = {"image": {"norm": {"scale": np.full(3, 2.0), "bias": np.full(3, 1.0)}}}
+    students = {"image": {"norm": {"mean": np.full(3, 5.0), "var": np.full(3, 9.0)}}}
+    variables = {"params": params, "batch_stats": students}
+    teacher = towers.bind(variables, rngs={"dropout": jax.random.key(1)}, mutable=["batch_stats"])
+
+    def run(towers: Towers) -> Any:
+        context = Context(
+            towers, VIEWS, jax.random.key(0), jnp.int32(0), teachers={"slow": teacher}, train=train
+        )
+        return context.encode("image", "one", teacher="slow")
+
+    found, updated = towers.apply(variables, method=run, mutable=["batch_stats"])
+    pixels = VIEWS["one"].reshape(-1, 3)
+    mean, deviation = (pixels.mean(axis=0), pixels.std(axis=0)) if train else (5.0, 3.0)
+    expected = 2 * (VIEWS["one"] - mean) / deviation + 1
+    np.testing.assert_allclose(found["tokens"], expected, rtol=1e-4, atol=1e-4)
+    assert bool(jnp.any(found["dropped"] == 0)) == train
+    jax.tree.map(np.testing.assert_array_equal, updated["batch_stats"], students)  # it leaves none
+
+
+OBJECTIVES = (
+    spec(NTXent, projector=(8, 4)),
+    spec(VICReg, projector=(8, 4)),
+    spec(BYOL, projector=(8, 4), predictor=(8, 4)),
+    spec(MoCoV2, queue=16, projector=(8, 4)),
+    spec(MoCoV3, projector=(8, 4), predictor=(8, 4)),
+    spec(LOOK, queue=16, projector=(8, 4), neighbours=3),
+    spec(SwAV, global_views=("view1", "view2"), queue=16, projector=(8, 4), prototypes=6),
+    spec(IBOT, global_views=("view1", "view2"), prototypes=6, hidden=(8,), bottleneck=4, koleo=0.1),
+)
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES, ids=lambda loss: loss[TYPE].rpartition(":")[2])
+def test_heads_compute_in_the_type_of_the_run_and_what_they_are_compared_by_is_float32(loss: Config) -> None:
+    config = run_config(loss, dict(ema=spec(EMA)))
+    config.precision = "bfloat16"
+    experiment, batch = experiment_of(config), views()
+    heads = [make() for name, make in experiment.towers.makers.items() if name != "image"]
+    assert heads and all(head.dtype == "bfloat16" for head in heads)
+    state = jax.eval_shape(lambda: initial_state(experiment, batch))
+    losses, _, grads = jax.eval_shape(lambda state: gradients(experiment, state, batch), state)
+    kinds = {leaf.dtype.name for leaf in jax.tree.leaves((losses, grads))}
+    assert kinds <= {"float32", "int32"}, kinds
 
 
 def test_draws_per_row_are_a_function_of_the_name_and_the_row() -> None:

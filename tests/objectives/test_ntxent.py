@@ -66,13 +66,14 @@ def test_devices_compare_their_rows_with_all_views() -> None:
     assert_trees_close(many.heads, one.heads, rtol=1e-4, atol=1e-5)
 
 
-def test_no_device_holds_all_logits() -> None:
+def test_no_device_holds_all_logits_or_their_gradient() -> None:
     layout, towers = layout_of(8), variables()
 
-    def value(features: Any) -> jax.Array:
-        return compared(LINEAR, features, towers, layout=layout).loss.value
+    def run(features: Any) -> Any:
+        ours = compared(LINEAR, features, towers, layout=layout)
+        return ours.loss.value, ours.features, ours.heads
 
-    text = jax.jit(value).lower(FEATURES).compile().as_text()
+    text = jax.jit(run).lower(FEATURES).compile().as_text()
     assert f"f32[{B // 8},{B}]" in text
     assert not any(f"f32[{rows},{columns}]" in text for rows in (B, 2 * B) for columns in (B, 2 * B))
 

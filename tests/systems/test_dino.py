@@ -114,6 +114,21 @@ def test_koleo_pushes_the_closest_two_apart() -> None:
     assert np.all(np.isfinite(jax.grad(koleo)(np.ones((4, 5), np.float32))))
 
 
+def test_no_device_holds_all_distances_of_koleo_or_their_gradient() -> None:
+    layout = layout_of(8)
+
+    def run(x: jax.Array) -> Any:
+        with layout.activate():
+            return jax.value_and_grad(koleo)(x)
+
+    x = FEATURES["teacher"][:, 0]
+    placed = jax.device_put(x, layout.sharding("batch"))
+    compiled = jax.jit(run).lower(placed).compile()
+    text = compiled.as_text()
+    assert f"f32[{B // 8},{B}]" in text and f"f32[{B},{B}]" not in text
+    assert_trees_close(compiled(placed), jax.value_and_grad(koleo)(x), rtol=1e-4, atol=1e-5)
+
+
 def test_koleo_is_of_each_large_crop_by_itself() -> None:
     plain, spread = (compared(DINO(**SMALL, koleo=weight), FEATURES).loss for weight in (0.0, 0.1))
     crops = [float(koleo(FEATURES["student"][:, view])) for view in range(2)]

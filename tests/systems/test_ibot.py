@@ -66,7 +66,7 @@ def test_the_patch_loss_is_a_mean_per_crop_and_then_over_crops(separate: bool) -
     head = "loss_patch_head" if separate else "loss_head"
     own, others = ({"params": {"loss_head": side["params"][head]}} for side in (heads, teacher))
     centre = np.linspace(-0.1, 0.1, 7 if separate else 9).astype(np.float32)
-    state = {**objective.initial_state(), "patch_centre": centre}
+    state = {**objective.initial_state(jax.random.key(0)), "patch_centre": centre}
     ours = compared(objective, PATCHES, heads, teacher, state=state)
     teacher_logits = logits_of(others, PATCHES["teacher_patches"])
     targets = softmax((teacher_logits - centre) / 0.05)

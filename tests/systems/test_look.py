@@ -63,6 +63,16 @@ def test_with_all_neighbours_it_is_neighbourhood_components_analysis() -> None:
     np.testing.assert_allclose(neighbour_losses(OWN, OTHERS, R, T)[0], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_the_vote_is_the_share_of_classmates_among_the_neighbours_by_weight() -> None:
+    cosines = OWN.features.astype(np.float64) @ OTHERS.features.T
+    weights, same = np.exp(cosines / T), OWN.labels[:, None] == OTHERS.labels
+    shares = np.sum(weights * same, axis=1) / np.sum(weights, axis=1)
+    np.testing.assert_allclose(neighbour_losses(OWN, OTHERS, R, T)[2], shares, rtol=1e-4)
+    nearest = same[np.arange(B), cosines.argmax(axis=1)]
+    assert 0 < nearest.sum() < B
+    np.testing.assert_allclose(neighbour_losses(OWN, OTHERS, 1, T)[2], nearest, rtol=1e-6)
+
+
 def test_the_example_itself_and_empty_places_change_nothing() -> None:
     empty = OTHERS._replace(examples=np.full(R, -1, np.int32))
     joined = References(*(np.concatenate(parts) for parts in zip(OWN, OTHERS, empty, strict=True)))
@@ -98,7 +108,7 @@ def test_the_queue_is_filled_by_the_teacher_and_eight_devices_rank_alike() -> No
     batch = {"label": RNG.integers(0, 3, 16).astype(np.int32), "index": np.arange(16, dtype=np.int32)}
     kernel = RNG.normal(size=(6, E)).astype(np.float32)
     heads = {"params": {"loss_projector": {"layer_0": {"kernel": kernel, "bias": np.zeros(E, np.float32)}}}}
-    state = objective.initial_state()
+    state = objective.initial_state(jax.random.key(0))
     empty = compared(objective, features, heads, state=state, batch=batch)
     first = empty.loss
     assert first.metrics["counted"] == 0.0  # the queue was empty

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.objectives.rig import compared, head_variables, new_state, run_config, update, views
+from tests.objectives.rig import compared, experiment_of, head_variables, new_state, run_config, views
 from tests.systems.test_dino import logits_of, softmax
 from tests.systems.test_ibot import PATCHES, REAL
-from tests.tiny import assert_trees_equal
-from vlpjax.config import spec
+from tests.tiny import assert_trees_close, assert_trees_equal, layout_of, on_host
+from vlpjax.config import Config, spec
 from vlpjax.errors import UserError
+from vlpjax.mesh import Layout
 from vlpjax.models.elastic import ElasticViT
 from vlpjax.models.towers import Towers
 from vlpjax.models.vit import ViT
@@ -23,6 +24,8 @@ from vlpjax.objectives.assignment import sinkhorn
 from vlpjax.objectives.base import Context
 from vlpjax.objectives.koleo import koleo
 from vlpjax.objectives.poa import POA, multiplicities, size_list
+from vlpjax.state import TrainState
+from vlpjax.step import abstract_state, make_train_step
 from vlpjax.teachers import EMA
 
 LOCAL = ("local1", "local2")
@@ -32,9 +35,10 @@ SMALL: dict[str, Any] = dict(
 RNG = np.random.default_rng(5)
 
 
-def sizes_of(objective: POA, steps: range) -> list[tuple[int, int]]:
+def sizes_of(objective: POA, steps: range, seed: int = 0) -> list[tuple[int, int]]:
     def draw(step: jax.Array) -> jax.Array:
-        context = Context(Towers.of({}), {}, jax.random.fold_in(jax.random.key(0), step), step)
+        key = jax.random.fold_in(jax.random.key(0), step)
+        context = Context(Towers.of({}), {}, key, step, objective="loss", seed=seed)
         return jnp.stack(objective.size(context))
 
     drawn = np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(steps.start, steps.stop)))
@@ -60,6 +64,9 @@ def test_sizes_are_drawn_without_replacement_in_another_order_every_round() -> N
     first, second = (sizes_of(objective, range(start, start + length)) for start in (0, length))
     assert Counter(first) == Counter(second) == counts
     assert first != second
+    another = sizes_of(objective, range(length), seed=1)
+    assert Counter(another) == counts
+    assert another != first
 
 
 def test_the_loss_has_three_branches_and_is_a_mean_over_heads() -> None:
@@ -113,20 +120,36 @@ def test_the_loss_has_three_branches_and_is_a_mean_over_heads() -> None:
     assert_trees_equal(only.teacher, jax.tree.map(np.zeros_like, only.teacher))
 
 
-def test_steps_of_different_sizes_are_one_program_and_train_every_part() -> None:
+def run(config: Config, layout: Layout, start: TrainState, batch: Any, steps: int) -> tuple[TrainState, Any]:
+    """So many steps of one compiled program; the metrics of every step."""
+    experiment = experiment_of(config, len(batch["index"]))
+    _, shardings = abstract_state(experiment, batch, layout)
+    step: Any = make_train_step(experiment, layout, shardings, layout.sharding("batch"))
+    state, placed = jax.device_put((start, batch), (shardings, layout.sharding("batch")))
+    program, found = step.lower(state, placed).compile(), []
+    for _ in range(steps):
+        state, metrics = program(state, placed)
+        found.append(on_host(metrics))
+    return on_host(state), found
+
+
+def test_steps_of_different_sizes_are_one_program_that_is_the_same_on_every_mesh() -> None:
     tower = spec(ViT, image_size=16, patch=4, width=16, depth=2, heads=2, mlp_ratio=2.0, pre_norm=False,
-                 resize_positions=True, mask_token=True)  # fmt: skip
+                 resize_positions=True, mask_token=True, drop_path=0.2)  # fmt: skip
     loss = spec(POA, local_views=LOCAL, head_prototypes=(8, 12), hidden=(8,), bottleneck=8, widths=(8, 16, 8),
                 depths=(1, 2))  # fmt: skip
     config = run_config(loss, dict(ema=spec(EMA, decay=0.9)))
-    config.towers.image = spec(ElasticViT, tower=tower)
-    batch = views(global1=16, global2=16, local1=8, local2=8)
+    config.towers.image, config.accumulate = spec(ElasticViT, tower=tower), 4
+    batch = views(size=32, global1=16, global2=16, local1=8, local2=8)
     state = new_state(config, batch)
-    new, metrics = update(config, state, batch)
-    assert np.isfinite(metrics["loss"])
-    assert (metrics["loss/width"], metrics["loss/depth"]) in ((8, 1), (8, 2), (16, 1))
-    moved = jax.tree.map(lambda old, new: bool(np.any(old != new)), state.params, new.params)
-    assert jax.tree.all(moved)
+    one, metrics = run(config, layout_of(1), state, batch, steps=4)
+    sizes = [(int(step["loss/width"]), int(step["loss/depth"])) for step in metrics]
+    assert sizes == sizes_of(POA(widths=(8, 16, 8), depths=(1, 2)), range(4))
+    assert len(set(sizes)) > 1 and (16, 2) not in sizes
+    assert jax.tree.all(jax.tree.map(lambda old, new: bool(np.any(old != new)), state.params, one.params))
+    eight, others = run(config, layout_of(8), state, batch, steps=4)
+    assert_trees_close(others, metrics, rtol=1e-3, atol=1e-5)
+    assert_trees_close(eight.params, one.params, rtol=1e-3, atol=1e-4)
 
 
 def test_a_tower_of_another_size_is_told() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.objectives.rig import compared, gradients_of, head_variables, new_state, run_config, update, views
-from tests.systems.toy import CLASSES, train
+from tests.systems.toy import train
 from tests.tiny import assert_trees_close, assert_trees_equal, layout_of, unit
 from vlpjax.config import spec
 from vlpjax.errors import UserError
@@ -53,22 +55,23 @@ def test_a_full_queue_takes_part_in_the_balance_after_its_start() -> None:
     objective = SwAV(**SMALL, queue=24, queue_start="5 steps")
     heads = head_variables(objective, FEATURES)
     scores = scores_of(objective, heads)
-    queue = unit(np.random.default_rng(1).normal(size=(2, 24, 5))).astype(np.float32)
+    queue = unit(np.random.default_rng(1).normal(size=(24, 2, 5))).astype(np.float32)
     earlier = queue @ heads["params"]["loss_prototypes"]["kernel"]
     alone = [np.asarray(sinkhorn(scores[:, view].astype(np.float32), 0.05, 3)) for view in range(2)]
     joined = [
-        np.asarray(sinkhorn(np.concatenate([scores[:, view], earlier[view]]).astype(np.float32), 0.05, 3))[:B]
+        np.asarray(sinkhorn(np.concatenate([scores[:, view], earlier[:, view]]).astype(np.float32), 0.05, 3))[
+            :B
+        ]
         for view in range(2)
     ]
     for seen, step, codes in ((24, 5, joined), (24, 4, alone), (23, 9, alone)):
-        state = {"queue": queue, "seen": np.int32(seen)}
+        state = {"queue": jnp.asarray(queue), "seen": np.int32(seen), "oldest": np.int32(20)}
         ours = compared(objective, FEATURES, heads, state=state, step=step)
         np.testing.assert_allclose(ours.loss.value, swapped(scores, codes), rtol=1e-4)
     z = unit(FEATURES.astype(np.float64) @ heads["params"]["loss_projector"]["layer_0"]["kernel"])
-    np.testing.assert_allclose(
-        ours.loss.state["queue"][:, :B], np.swapaxes(z[:, :2], 0, 1), rtol=1e-4, atol=1e-6
-    )
-    np.testing.assert_allclose(ours.loss.state["queue"][:, B:], queue[:, : 24 - B], rtol=1e-6)
+    places = (20 + np.arange(B)) % 24
+    np.testing.assert_allclose(ours.loss.state["queue"][places], z[:, :2], rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(ours.loss.state["queue"][12:20], queue[12:20])
     assert ours.loss.state["seen"] == 24
 
 
@@ -112,15 +115,14 @@ def test_micro_batches_give_the_gradient_and_the_queue_of_the_whole_batch() -> N
         assert_trees_close(parts.state, whole.state, rtol=1e-4, atol=1e-6)
 
 
-def test_balanced_codes_use_all_prototypes_and_unbalanced_ones_merge_classes() -> None:
-    """The exponential of the mean code's entropy counts the prototypes in use.  BatchNorm in the projector keeps a run
-    without balance from the one point that it would end in otherwise, but not from fewer prototypes than classes."""
-    fields: dict[str, Any] = dict(global_views=("view1", "view2"), projector=(64, 32), prototypes=32)
+def test_balanced_codes_use_all_prototypes_and_unbalanced_ones_are_all_the_same() -> None:
+    """Under a projector without BatchNorm, which alone would keep a run without balance from a single point."""
+    fields: dict[str, Any] = dict(global_views=("view1", "view2"), projector=(32,), prototypes=32)
     balanced, unbalanced = (
-        32 ** train(spec(SwAV, **fields, rounds=rounds)).last("loss/mean_entropy") for rounds in (3, 0)
+        train(spec(SwAV, **fields, rounds=rounds)).last("loss/mean_entropy") for rounds in (3, 0)
     )
-    assert balanced > 25
-    assert unbalanced < CLASSES
+    assert balanced > 0.85
+    assert unbalanced < 0.3
 
 
 def test_a_start_of_no_queue_and_a_queue_that_is_too_short_are_told() -> None:
@@ -130,4 +132,4 @@ def test_a_start_of_no_queue_and_a_queue_that_is_too_short_are_told() -> None:
         compared(SwAV(**SMALL, queue=8), FEATURES)
     with pytest.raises(UserError, match=r"large one and another"):
         SwAV(global_views=("global1",))
-    assert_trees_equal(SwAV(**SMALL).initial_state(), ())
+    assert_trees_equal(SwAV(**SMALL).initial_state(jax.random.key(0)), ())

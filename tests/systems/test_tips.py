@@ -7,50 +7,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from experiments.contrastive import tips
 from tests.objectives.rig import Patches, compared, experiment_of, head_variables, views
 from tests.systems.test_dino import FEATURES, logits_of, softmax
 from tests.tiny import assert_trees_equal
 from vlpjax.config import spec
-from vlpjax.experiment import base_config
 from vlpjax.models.text import TextTransformer
-from vlpjax.objectives.contrastive import InfoNCE
 from vlpjax.objectives.crops import crop_pairs
 from vlpjax.objectives.dino import DINO
-from vlpjax.objectives.ibot import IBOT
-from vlpjax.optim.optimizer import Optimizer, Schedule
 from vlpjax.step import gradients, initial_state
-from vlpjax.teachers import EMA
 
 B = 16
 
 
 def config() -> Any:
-    """Both captions, self-distillation and masked patches on small towers."""
-    config = base_config()
+    """The experiment's objectives and teacher, on small towers."""
+    config = tips.get_config()
     text = spec(
         TextTransformer, vocabulary=20, length=6, width=16, depth=1, heads=2, causal=False, pool="mean"
     )
     config.towers = dict(image=spec(Patches), text=text)
-    distillation = spec(
-        IBOT, global_views=("image",), local_views=("local1", "local2"), output="prefix/0", prototypes=8,
-        patch_prototypes=8, hidden=(8,), bottleneck=8, mask_probability=1.0, mask_ratio=(0.75, 0.75),
-        mask_shape="random", patch_weight=2.0,
-    )  # fmt: skip
-    caption = dict(text_output="pooled")
-    config.objectives = dict(
-        web=dict(weight=0.5, loss=spec(InfoNCE, image_output="prefix/0", **caption)),
-        synthetic=dict(
-            weight=0.5,
-            loss=spec(InfoNCE, image_output="prefix/1", text_field="synthetic", scale_of="web", **caption),
-        ),
-        patches=dict(weight=1.0, loss=distillation),
-    )
-    config.teachers = dict(ema=spec(EMA, towers=("image", "patches_head", "patches_patch_head")))
-    config.optimizer = spec(
-        Optimizer, direction=spec(optax.identity), learning_rate=0.1, schedule=spec(Schedule)
-    )
+    config.objectives = tips._objectives(8, 2, hidden=(8,), bottleneck=8)
     return config
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -64,6 +66,25 @@ def test_eight_devices_share_their_statistics() -> None:
     one, eight = compared(objective, FEATURES), compared(objective, FEATURES, layout=layout_of(8))
     assert_trees_close(eight.loss.value, one.loss.value, rtol=1e-5)
     assert_trees_close(eight.features, one.features, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
+def test_no_device_holds_the_larger_matrix_or_its_gradient(shape: tuple[int, int]) -> None:
+    layout = layout_of(8)
+
+    def run(x: jax.Array) -> Any:
+        with layout.activate():
+            return jax.value_and_grad(off_diagonal_covariance)(x)
+
+    x = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    compiled = jax.jit(run).lower(jax.device_put(x, layout.sharding("batch"))).compile()
+    text, smaller = compiled.as_text(), min(shape)
+    assert f"f32[{smaller // 8},{smaller}]" in text
+    assert not any(f"f32[{rows},40]" in text for rows in (40, 5))
+    if shape[0] == smaller:
+        assert f"f32[{smaller},{smaller}]" not in text
+    one = jax.value_and_grad(off_diagonal_covariance)(x)
+    assert_trees_close(compiled(jax.device_put(x, layout.sharding("batch"))), one, rtol=1e-4, atol=1e-6)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:

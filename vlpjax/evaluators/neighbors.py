@@ -11,14 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.errors import UserError
 from vlpjax.mesh import Layout, constrain
+from vlpjax.parallel.ranking import Best, merge_best, nothing_yet, take_best
 
 DISTANCES = ("cosine", "euclidean")
-Nearest = tuple[Float[Array, "queries k"], Int[Array, "queries k"]]
 
 
 def make_nearest(
     layout: Layout, k: int, *, distance: str = "cosine", chunk: int = 256, block: int = 8192
-) -> Callable[[jax.Array, jax.Array, jax.Array], Nearest]:
+) -> Callable[[jax.Array, jax.Array, jax.Array], Best]:
     """A function from (queries [Q, E], memory [M, E], real [M]) to the k best scores and their places, [Q, k].
 
     Scores fall along k; equal ones stand in the order of the memory.  The memory stays where it is sharded: every
@@ -39,7 +39,7 @@ def make_nearest(
     axes = layout.spec(("frames",))[0] or ()
     everywhere = PartitionSpec()
 
-    def search(query: jax.Array, memory: jax.Array, real: jax.Array) -> Nearest:
+    def search(query: jax.Array, memory: jax.Array, real: jax.Array) -> Best:
         """The best of this device's rows of the memory, then the best of all devices' best."""
         scores, places = _best_of_blocks(query, memory, real, k, distance, block)
         if not axes:
@@ -48,7 +48,7 @@ def make_nearest(
         # Devices stand in the order of their rows, so that ties stay in order too.
         every_score = jax.lax.all_gather(scores, axes, axis=1, tiled=True)  # [c, devices k]
         every_place = jax.lax.all_gather(places, axes, axis=1, tiled=True)
-        return _take_best(every_score, every_place, k)
+        return take_best(every_score, every_place, k)
 
     sharded = PartitionSpec(axes)
     search_all = jax.shard_map(
@@ -59,7 +59,7 @@ def make_nearest(
         check_vma=False,  # what was gathered is the same everywhere, which the checker cannot see
     )
 
-    def nearest(queries: jax.Array, memory: jax.Array, real: jax.Array) -> Nearest:
+    def nearest(queries: jax.Array, memory: jax.Array, real: jax.Array) -> Best:
         with layout.activate():
             if distance == "cosine":
                 queries, memory = _directions(queries), _directions(memory)
@@ -97,7 +97,7 @@ def _best_of_blocks(
     k: int,
     distance: str,
     block: int,
-) -> Nearest:
+) -> Best:
     """The k best rows of a memory, which is read block after block."""
     block = min(block, memory.shape[0])
     padding = -memory.shape[0] % block
@@ -105,25 +105,15 @@ def _best_of_blocks(
     valid = jnp.pad(real, (0, padding)).reshape(-1, block)
     starts = jnp.arange(blocks.shape[0], dtype=jnp.int32) * block
 
-    def merge(best: Nearest, item: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Nearest, None]:
+    def merge(best: Best, item: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Best, None]:
         rows, real, start = item
         scores = jnp.einsum("qe,me->qm", query, rows, precision="highest")
         if distance == "euclidean":
             scores = scores - 0.5 * jnp.sum(jnp.square(rows), axis=-1)
         scores = jnp.where(real, scores, -jnp.inf)
-        places = jnp.broadcast_to(start + jnp.arange(block, dtype=jnp.int32), scores.shape)
-        # What came before stands before, and top_k takes the first of equal scores.
-        return _take_best(
-            jnp.concatenate([best[0], scores], axis=1), jnp.concatenate([best[1], places], axis=1), k
-        ), None
+        return merge_best(best, scores, start), None
 
-    nothing = (jnp.full((query.shape[0], k), -jnp.inf), jnp.zeros((query.shape[0], k), jnp.int32))
-    return jax.lax.scan(merge, nothing, (blocks, valid, starts))[0]
-
-
-def _take_best(scores: jax.Array, places: jax.Array, k: int) -> Nearest:
-    best, where = jax.lax.top_k(scores, k)
-    return best, jnp.take_along_axis(places, where, axis=1)
+    return jax.lax.scan(merge, nothing_yet(query.shape[0], k), (blocks, valid, starts))[0]
 
 
 def _directions(x: jax.Array) -> jax.Array:

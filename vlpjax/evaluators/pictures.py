@@ -74,7 +74,7 @@ class Reconstruction(Evaluator):
             def run(towers: Any) -> Mapping[str, jax.Array]:
                 context = Context(
                     towers, batch, key, jnp.zeros((), jnp.int32), train=False,
-                    state=objective.initial_state(), objective=name, durations=experiment.durations,
+                    state=experiment.initial_states()[name], objective=name, durations=experiment.durations,
                 )  # fmt: skip
                 return objective.reconstruct(context)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from vlpjax.errors import UserError
 from vlpjax.models.heads import Projection
-from vlpjax.models.layers import activation, named, norm
+from vlpjax.models.layers import activation, batch_norm, named, norm
 
 
 def convolve(
@@ -45,14 +45,7 @@ def convolve(
             name=f"convolution_{step}",
         )(images)
         if kind == "batch":
-            images = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                dtype=dtype,
-                scale_init=named(nn.initializers.ones, "activation"),
-                bias_init=named(nn.initializers.zeros, "activation"),
-                name=f"norm_{step}",
-            )(images)
+            images = batch_norm(f"norm_{step}", train, dtype=dtype)(images)
         else:
             images = norm(f"norm_{step}", kind, dtype)(images)
         images = activation(nonlinearity)(images)

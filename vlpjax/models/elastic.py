@@ -57,8 +57,8 @@ class ElasticViT(nn.Module):
     Its parameters have the names of the ViT's; without ``size`` it is the ViT.
 
     Attributes:
-      tower: the whole network: LayerNorm, no registers beyond the prefix, blocks that are not scanned, and no
-        projection.
+      tower: the whole network: patches from one projection, LayerNorms, blocks that are not scanned, and nothing after
+        the last norm: no pooler, no projection.
     """
 
     tower: ViT
@@ -102,6 +102,10 @@ class ElasticViT(nn.Module):
         tower = self.tower
         if tower.scan or tower.norm != "layer" or tower.qk_norm is not None:
             raise UserError("An elastic ViT has LayerNorms, no qk_norm and blocks that are not scanned.")
+        if tower.stem != "linear" or tower.pooler:
+            raise UserError(
+                "An elastic ViT has a linear stem and no pooler, whose parameters have no sub-networks."
+            )
         if tower.embedding is not None or tower.pool == "map" or tower.positions not in ("learned", "none"):
             raise UserError(
                 "An elastic ViT has learned positions or none, is pooled by 'cls', 'mean' or 'none', and has no "

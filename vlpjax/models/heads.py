@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlpjax.errors import UserError
-from vlpjax.models.layers import activation, dense, named, norm
+from vlpjax.models.layers import activation, batch_norm, dense, named, norm
 
 
 class Scalar(nn.Module):
@@ -41,25 +41,6 @@ class Projection(nn.Module):
         )
         out: jax.Array = project(x)
         return out
-
-
-def batch_norm(name: str, train: bool, *, affine: bool = True, dtype: Any = None) -> nn.BatchNorm:
-    """BatchNorm over all examples of the global batch: statistics in float32, running ones outside training.
-
-    Args:
-      affine: whether a scale and a bias are learned.
-    """
-    return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        use_scale=affine,
-        use_bias=affine,
-        dtype=dtype,
-        scale_init=named(nn.initializers.ones, "activation"),
-        bias_init=named(nn.initializers.zeros, "activation"),
-        name=name,
-    )
 
 
 class MLPHead(nn.Module):
@@ -102,11 +83,9 @@ class MLPHead(nn.Module):
         last = len(self.features) - 1
         for index, width in enumerate(self.features):
             normed = self.last_norm is not None if index == last else self.norm is not None
-            axes = (
-                ("embed", "mlp")
-                if index % 2 == 0 and index != last
-                else ("mlp" if index % 2 else "embed", None)
-            )
+            # Kernels alternate, so that each but the last is split along both axes of the mesh.
+            inner, outer = ("embed", "mlp") if index % 2 == 0 else ("mlp", "embed")
+            axes = (inner, None if index == last else outer)
             x = dense(
                 width, axes, stddev=self.stddev or (2 / x.shape[-1]) ** 0.5, name=f"layer_{index}",
                 bias=self.bias and not normed, dtype=self.dtype,

@@ -21,10 +21,18 @@ from vlpjax.errors import UserError
 from vlpjax.models.positions import Rotation, rotate
 from vlpjax.parallel.attention import Interval, attend
 
+
+def exact_gelu(x: jax.Array) -> jax.Array:
+    """GELU by the error function, taken in float32 ("Gaussian Error Linear Units", arXiv 1606.08415).
+
+    With ``erf`` and not ``erfc``: on CPUs value and gradient take a third of the time.
+    """
+    exact = x.astype(jnp.float32)
+    return (0.5 * exact * (1 + jax.lax.erf(exact * 0.5**0.5))).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: (
-        0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
-    ),  # a third of the time of the form with erfc, on CPUs
+    "gelu": exact_gelu,
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # the OpenAI weights' GELU, arXiv 2103.00020
     "silu": nn.silu,
@@ -133,6 +141,33 @@ def norm(name: str, kind: str = "layer", dtype: Any = None, epsilon: float = 1e-
     if kind in ("rms", "rms_offset"):
         return RMSNorm(epsilon=epsilon, offset=float(kind == "rms_offset"), dtype=dtype, name=name)
     raise UserError(f"norm is {kind!r}; there are {', '.join(map(repr, NORMS))}.")
+
+
+def batch_norm(
+    name: str,
+    train: bool,
+    *,
+    affine: bool = True,
+    scale: Callable[..., Any] = nn.initializers.ones,
+    dtype: Any = None,
+) -> nn.BatchNorm:
+    """BatchNorm over all examples of the global batch: statistics in float32, running ones outside training.
+
+    Args:
+      affine: whether a scale and a bias are learned.
+      scale: the scale's initializer.
+    """
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        use_scale=affine,
+        use_bias=affine,
+        dtype=dtype,
+        scale_init=named(scale, "activation"),
+        bias_init=named(nn.initializers.zeros, "activation"),
+        name=name,
+    )
 
 
 class KeyValues(NamedTuple):

@@ -135,31 +135,33 @@ def sample_positions(
 
 
 def sincos_positions(
-    positions: Float[Array, "*shape 2"] | Int[Array, "*shape 2"], width: int, form: str = "big_vision"
+    positions: Float[Array, "*shape axes"] | Int[Array, "*shape axes"], width: int, form: str = "big_vision"
 ) -> Float[Array, "*shape {width}"]:
     """Fixed positions: ``[sin x, cos x, sin y, cos y]``, a quarter of the features each; x is the column.
 
+    With one axis, a place in a text, it is ``[sin x, cos x]`` ("Attention Is All You Need", arXiv 1706.03762).
+
     Args:
-      positions: row and column.
+      positions: row and column, or a place.
       form: of the wavelengths, which grow geometrically from 2 pi.  ``"big_vision"``: the last is 2 pi 10000 ("Better
         plain ViT baselines for ImageNet-1k", arXiv 2205.01580).  ``"mae"``: the last is one step before that ("Masked
         Autoencoders Are Scalable Vision Learners", arXiv 2111.06377).
 
     Raises:
-      UserError: a width that 4 does not divide, or an unknown form.
+      UserError: a width that twice the number of axes does not divide, or an unknown form.
     """
     if form not in SINCOS_FORMS:
         raise UserError(f"sincos_form is {form!r}; there are {', '.join(map(repr, SINCOS_FORMS))}.")
-    quarter = width // 4
-    if width % 4 or quarter < 2:
+    parts = 2 * positions.shape[-1]
+    count = width // parts
+    if width % parts or count < 2:
         raise UserError(
-            f"Positions by sines and cosines need a width that 4 divides, at least 8; it is {width}."
+            f"Positions by sines and cosines need a width that {parts} divides, at least {2 * parts}; it is {width}."
         )
-    steps = quarter - 1 if form == "big_vision" else quarter
-    rates = 10000.0 ** (-np.arange(quarter) / steps)
-    angles = jnp.asarray(positions, jnp.float32)[..., None] * jnp.asarray(rates, jnp.float32)  # [..., 2, W/4]
-    y, x = angles[..., 0, :], angles[..., 1, :]
-    return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=-1)
+    rates = 10000.0 ** (-np.arange(count) / (count - 1 if form == "big_vision" else count))
+    places = jnp.asarray(positions, jnp.float32)[..., ::-1, None]  # [..., axes, 1], the last axis first
+    angles = places * jnp.asarray(rates, jnp.float32)  # [..., axes, W / 2 axes]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions.shape[:-1], width)
 
 
 def grid_positions(rows: int, columns: int) -> Int[Array, "tokens 2"]:

@@ -57,9 +57,6 @@ class PrototypeHead(nn.Module):
       prototypes: their number.
       hidden: widths of the MLP's hidden layers.
       bottleneck: width of the space in which features meet prototypes.
-      norm: of the MLP: None, ``"batch"`` or a kind of :func:`vlpjax.models.layers.norm`.
-      activation: a key of :data:`vlpjax.models.layers.ACTIVATIONS`.
-      stddev: of the MLP's initial kernels.
       dtype: compute type; None is float32.
 
     Source: "Emerging Properties in Self-Supervised Vision Transformers", arXiv 2104.14294, appendix C.
@@ -68,9 +65,6 @@ class PrototypeHead(nn.Module):
     prototypes: int = 65536
     hidden: tuple[int, ...] = (2048, 2048)
     bottleneck: int = 256
-    norm: str | None = None
-    activation: str = "gelu"
-    stddev: float = 0.02
     dtype: Any = None
 
     @nn.compact
@@ -78,8 +72,6 @@ class PrototypeHead(nn.Module):
         self,
         features: Float[Array, "... width"],
         frozen: Bool[Array, ""] | bool = False,
-        *,
-        train: bool = False,
     ) -> Float[Array, "... prototypes"]:
         """Cosines with the prototypes, in float32.
 
@@ -87,8 +79,8 @@ class PrototypeHead(nn.Module):
           frozen: the prototypes get no gradient; may be traced.
         """
         widths = (*self.hidden, self.bottleneck)
-        mlp = MLPHead(widths, self.norm, None, self.activation, True, self.stddev, self.dtype, name="mlp")
-        x = mlp(features, train=train).astype(jnp.float32)
+        mlp = MLPHead(widths, norm=None, activation="gelu", stddev=0.02, dtype=self.dtype, name="mlp")
+        x = mlp(features).astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
         logits: jax.Array = Prototypes(self.prototypes, dtype=self.dtype, name="prototypes")(x, frozen)
         return logits

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from vlpjax.errors import UserError
 from vlpjax.models.heads import Projection
-from vlpjax.models.layers import named
+from vlpjax.models.layers import batch_norm, named
 
 STEMS = ("large", "small")
 
@@ -111,13 +111,5 @@ class ResNet(nn.Module):
             name=f"{name}_convolution",
         )(x)
         initial = nn.initializers.zeros if zero else nn.initializers.ones
-        normed: Any = nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-            scale_init=named(initial, "activation"),
-            bias_init=named(nn.initializers.zeros, "activation"),
-            name=f"{name}_norm",
-        )(x)
+        normed: Any = batch_norm(f"{name}_norm", train, scale=initial, dtype=self.dtype)(x)
         return normed

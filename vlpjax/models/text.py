@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vlpjax.errors import UserError
 from vlpjax.models.heads import Projection
 from vlpjax.models.layers import Block, activation, dense, named, norm
+from vlpjax.models.positions_2d import sincos_positions
 from vlpjax.models.stack import Stack
 from vlpjax.parallel.attention import Interval, causal, intersect, prefix
 
@@ -33,6 +34,8 @@ class TextTransformer(nn.Module):
     Attributes:
       vocabulary: number of token ids.
       length: longest sequence; the position table has this many rows.
+      positions: ``"learned"`` (a table) or ``"sincos"`` (:func:`vlpjax.models.positions_2d.sincos_positions`).
+      embed_scale: factor of the token embeddings; ``width ** 0.5`` in "Attention Is All You Need", arXiv 1706.03762.
       width, depth, heads: of the transformer.
       mlp_ratio: the MLP's hidden width over ``width``; ``mlp_dim`` is that width itself and wins if given.
       embedding: width of the joint space that ``"embedding"`` is projected into; None projects nothing.
@@ -89,6 +92,8 @@ class TextTransformer(nn.Module):
     drop_path: float = 0.0
     scan: bool = False
     remat: str = "none"
+    positions: str = "learned"
+    embed_scale: float = 1.0
 
     @nn.compact
     def __call__(
@@ -119,7 +124,8 @@ class TextTransformer(nn.Module):
           [B, L, D] by layer, straight from the blocks, and ``"attention"``, a dict of [B, H, L, L].
 
         Raises:
-          UserError: sequences longer than ``length``, an unknown ``pool``, types for a tower that has none.
+          UserError: sequences longer than ``length``, an unknown ``pool`` or kind of ``positions``, types for a tower
+            that has none.
         """
         if self.pool not in POOLS:
             raise UserError(
@@ -185,12 +191,7 @@ class TextTransformer(nn.Module):
         tokens = nn.Embed(
             self.vocabulary, self.width, dtype=self.dtype, embedding_init=table, name="token_embedding"
         )(ids)
-        positions = self.param(
-            "position_embedding",
-            named(nn.initializers.normal(0.01), "position", "embed"),
-            (self.length, self.width),
-        )
-        tokens = tokens + positions[: ids.shape[-1]].astype(self.dtype or jnp.float32)  # [B, L, D]
+        tokens = self.embed_scale * tokens + self._positions(ids.shape[-1]).astype(tokens.dtype)  # [B, L, D]
         if self.types:
             kinds = nn.Embed(
                 self.types,
@@ -201,6 +202,18 @@ class TextTransformer(nn.Module):
             )
             tokens = tokens + kinds(jnp.zeros_like(ids) if types is None else types)
         return tokens
+
+    def _positions(self, count: int) -> Float[Array, "{count} width"]:
+        """What tells the first ``count`` places apart."""
+        if self.positions == "sincos":
+            return sincos_positions(jnp.arange(count)[:, None], self.width)
+        if self.positions != "learned":
+            raise UserError(
+                f"TextTransformer.positions is {self.positions!r}; there are 'learned' and 'sincos'."
+            )
+        initial = named(nn.initializers.normal(0.01), "position", "embed")
+        table: jax.Array = self.param("position_embedding", initial, (self.length, self.width))
+        return table[:count]
 
     def _interval(self, lengths: jax.Array, count: int) -> Interval | None:
         """What each token sees."""

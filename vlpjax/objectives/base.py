@@ -64,6 +64,7 @@ class Context:
       rows: int32 [B], the rows that the examples have in the step's whole batch; None is 0 to B - 1.
       row_rng: the random key that per-example draws start from, the same for all micro-batches; None is ``rng``.
       durations: turn the durations of schedules into steps; None where nothing is scheduled.
+      seed: of the run.
     """
 
     student: Towers
@@ -78,6 +79,7 @@ class Context:
     rows: jax.Array | None = None
     row_rng: jax.Array | None = None
     durations: Durations | None = None
+    seed: int = 0
 
     def of(self, objective: str, state: Any = ()) -> Context:
         """The same context as another objective sees it; tower outputs are shared."""
@@ -97,7 +99,8 @@ class Context:
         """The outputs of a tower on a field of the batch, computed once per step however many ask for it.
 
         Args:
-          teacher: whose parameters to use; a teacher's backbones run with ``train=False``.
+          teacher: whose parameters to use.  A teacher's backbones run with ``train=False``, but for those with
+            BatchNorm, which run as the student's do, dropout included, and leave no statistics.
           variant: names what ``options`` make different (``"masked"``); calls with options share their outputs
             only with calls of the same variant.
           options: further arguments of the tower, such as ``masked=`` of a ViT; ``train=False`` encodes as in
@@ -142,7 +145,11 @@ class Context:
             if teacher is None:
                 self.outputs[where] = self.student.call(tower, inputs, **{"train": self.train, **options})
             else:
-                outputs = self.teacher(teacher).call(tower, inputs, train=False, **options)
+                towers = self.teacher(teacher)
+                # The running statistics are the student's: where there is BatchNorm, a teacher takes those of its
+                # batch, as a key encoder does (MoCo, arXiv 1911.05722, algorithm 1).
+                normed = tower in towers.variables.get("batch_stats", {})
+                outputs = towers.call(tower, inputs, **{"train": self.train and normed, **options})
                 self.outputs[where] = jax.tree.map(jax.lax.stop_gradient, outputs)
         return self.outputs[where]
 
@@ -169,6 +176,10 @@ class Context:
     def key(self, name: str) -> jax.Array:
         """A random key for this objective and this purpose; every micro-batch has its own."""
         return fold_name(self.rng, f"{self.objective}/{name}")
+
+    def run_key(self, name: str) -> jax.Array:
+        """A random key for this objective and this purpose that is the same at every step of the run."""
+        return fold_name(jax.random.key(self.seed), f"{self.objective}/{name}")
 
     def row_keys(self, name: str, batch: int) -> jax.Array:
         """A random key per example [B]: a function of (seed, step, name, row) however the batch is split up.
@@ -221,8 +232,12 @@ class Objective:
         """Per name of a head, what its parameters pass through after every update, such as :func:`clipped`."""
         return {}
 
-    def initial_state(self) -> Any:
-        """The state before the first step: a tree of arrays, empty by default."""
+    def initial_state(self, key: jax.Array) -> Any:
+        """The state before the first step: a tree of arrays, empty by default.
+
+        Args:
+          key: what is random in it starts from; a function of the run's seed and the objective's name.
+        """
         return ()
 
 

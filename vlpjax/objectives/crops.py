@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +41,26 @@ class MultiCrop(BatchCoupled):
                 f"global_views={self.global_views} and local_views={self.local_views}."
             )
 
-    def crops(self, context: Context) -> Float[Array, "batch views width"]:
-        """The student's features of all crops, one pass per size."""
-        groups = [views for views in (self.global_views, self.local_views) if views]
-        encoded = [pick(context.encode_views(self.tower, views), self.output) for views in groups]
-        return jnp.concatenate(encoded, axis=1)
+    def crops(
+        self, context: Context, variant: str = "", large: Mapping[str, Any] | None = None, **options: Any
+    ) -> tuple[dict[str, Any], Float[Array, "batch views width"]]:
+        """The student's outputs for the large crops, and its features of all crops; one pass per size.
+
+        Args:
+          variant: names what the options make different, as in :meth:`Context.encode`.
+          large: arguments of the tower for large crops only, such as ``masked=``; ``options`` are those for all.
+        """
+        outputs = context.encode_views(
+            self.tower, self.global_views, variant=variant, **{**options, **(large or {})}
+        )
+        features = pick(outputs, self.output)
+        if self.local_views:
+            # Without options of their own, small crops are what any other objective makes of them.
+            small = context.encode_views(
+                self.tower, self.local_views, variant=variant if options else "", **options
+            )
+            features = jnp.concatenate([features, pick(small, self.output)], axis=1)
+        return outputs, features
 
 
 def crop_pairs(targets: int, crops: int) -> np.ndarray:

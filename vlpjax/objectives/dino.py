@@ -28,7 +28,7 @@ class DINO(MultiCrop):
 
     Attributes:
       teacher: its name in ``config.teachers``, an EMA of the tower and of this objective's heads.
-      prototypes, hidden, bottleneck, head_norm: of :class:`vlpjax.models.prototypes.PrototypeHead`.
+      prototypes, hidden, bottleneck: of :class:`vlpjax.models.prototypes.PrototypeHead`.
       student_temperature: of the predictions.
       teacher_temperature: of the targets, at the first step and after ``teacher_warmup``, linear between.
       teacher_warmup: a duration; empty is none.
@@ -46,7 +46,6 @@ class DINO(MultiCrop):
     prototypes: int = 65536
     hidden: tuple[int, ...] = (2048, 2048)
     bottleneck: int = 256
-    head_norm: str | None = None
     student_temperature: float = 0.1
     teacher_temperature: tuple[float, float] = (0.04, 0.04)
     teacher_warmup: str = ""
@@ -65,12 +64,12 @@ class DINO(MultiCrop):
     def heads(self) -> dict[str, nn.Module]:
         return {"head": self._head(self.prototypes)}
 
-    def initial_state(self) -> Any:
+    def initial_state(self, key: jax.Array) -> Any:
         return {"centre": jnp.zeros(self.prototypes)} if self.centring == "mean" else {}
 
     def encode(self, context: Context) -> dict[str, jax.Array]:
         seen = context.encode_views(self.tower, self.global_views, teacher=self.teacher)
-        return {"student": self.crops(context), "teacher": pick(seen, self.output)}
+        return {"student": self.crops(context)[1], "teacher": pick(seen, self.output)}
 
     def compare(self, features: dict[str, jax.Array], context: Context) -> Loss:
         targets, state = self.class_targets(features["teacher"], context)
@@ -148,4 +147,4 @@ class DINO(MultiCrop):
         return context.step < context.steps(self.freeze_prototypes, "freeze_prototypes")
 
     def _head(self, prototypes: int) -> nn.Module:
-        return PrototypeHead(prototypes, self.hidden, self.bottleneck, self.head_norm)
+        return PrototypeHead(prototypes, self.hidden, self.bottleneck)

@@ -66,24 +66,18 @@ class IBOT(DINO):
             return super().heads()
         return {**super().heads(), "patch_head": self._head(self.patch_prototypes)}
 
-    def initial_state(self) -> Any:
+    def initial_state(self, key: jax.Array) -> Any:
         if self.centring != "mean":
             return {}
         return {
-            **super().initial_state(),
+            **super().initial_state(key),
             "patch_centre": jnp.zeros(self.patch_prototypes or self.prototypes),
         }
 
     def encode(self, context: Context) -> dict[str, jax.Array]:
         seen = context.encode_views(self.tower, self.global_views, teacher=self.teacher)
         hidden, places, real = self.masked_places(context, seen["tokens"].shape[2])
-        masked = context.encode_views(
-            self.tower, self.global_views, variant=f"{context.objective}/masked", masked=hidden
-        )
-        student = pick(masked, self.output)
-        if self.local_views:
-            local = context.encode_views(self.tower, self.local_views)
-            student = jnp.concatenate([student, pick(local, self.output)], axis=1)
+        masked, student = self.crops(context, f"{context.objective}/masked", dict(masked=hidden))
         return {
             "student": student,  # [B, V, D]
             "teacher": pick(seen, self.output),  # [B, G, D]

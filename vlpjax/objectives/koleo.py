@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from vlpjax.mesh import constrain
 from vlpjax.objectives.base import normalize
+from vlpjax.objectives.contrastive import local_rows
 
 
 def koleo(features: Float[Array, "batch features"], epsilon: float = 1e-8) -> Float[Array, ""]:
@@ -21,7 +22,7 @@ def koleo(features: Float[Array, "batch features"], epsilon: float = 1e-8) -> Fl
     unit = normalize(features)  # [B, D]
     everyone = constrain(unit, None, None)
     rows = jnp.arange(unit.shape[0])
-    cosines = constrain(unit, "frames", None) @ everyone.T  # [B / devices, B]
+    cosines = local_rows(unit, unit, 1.0)  # [B / devices, B]
     cosines = jnp.where(constrain(rows, "frames")[:, None] == rows[None, :], -1.0, cosines)
     nearest = jnp.argmax(jax.lax.stop_gradient(cosines), axis=1)
     # The small constant in every difference is that of PyTorch's pairwise distance: equal features have a gradient.

@@ -14,6 +14,8 @@ from vlpjax.errors import UserError
 from vlpjax.mesh import constrain
 from vlpjax.models.heads import MLPHead
 from vlpjax.objectives.base import BatchCoupled, Context, Loss, normalize, pick
+from vlpjax.objectives.queue import enqueue
+from vlpjax.parallel.ranking import merge_best, nothing_yet
 
 _NOBODY = -1  # the number of an empty place in the queue; examples count from 0
 
@@ -42,7 +44,8 @@ class LOOK(BatchCoupled):
     -log of the share of the same class among the k most similar references, weighted by exp(cosine / temperature).
     References of the same example, its other views and earlier visits, are left out.  Which references are the
     nearest carries no gradient.  Where none of them is of the same class, the nearest that is joins them: otherwise
-    there would be no gradient where it is most needed.  (The paper does not say what it does there.)
+    there would be no gradient where it is most needed.  (The paper does not say what it does there.)  The metric
+    ``vote`` is the share of the same class without it.
 
     Attributes:
       tower: name of the tower.
@@ -83,7 +86,7 @@ class LOOK(BatchCoupled):
     def heads(self) -> dict[str, nn.Module]:
         return {"projector": MLPHead(self.projector, norm=None)}
 
-    def initial_state(self) -> Any:
+    def initial_state(self, key: jax.Array) -> Any:
         if not self.queue:
             return ()
         return {
@@ -104,34 +107,22 @@ class LOOK(BatchCoupled):
         queries = normalize(context.head("projector", features["student"]))  # [B, E]
         labels, examples = context.read(self.label), context.read(self.example)
         own = References(queries, labels, examples)
-        state, references = (), References(*(constrain(x, *[None] * x.ndim) for x in own))
+        state: Any = ()
+        references = References(*(constrain(x, *[None] * x.ndim) for x in own))
         if self.queue:
             state = context.state
             references = References(state["features"], state["labels"], state["examples"])
             keys = normalize(context.head("projector", features["teacher"], teacher=self.teacher))
-            state = self._enqueue(keys, labels, examples, state)
-        losses, counted, right = neighbour_losses(
+            state = enqueue(state, "LOOK", features=keys, labels=labels, examples=examples)
+        losses, counted, vote = neighbour_losses(
             own, references, self.neighbours, self.temperature, self.chunk
         )
         number = jnp.maximum(jnp.sum(counted), 1)
         metrics = {
-            "accuracy": jnp.sum(jnp.where(counted, right, 0)) / number,
+            "vote": jnp.sum(jnp.where(counted, vote, 0)) / number,
             "counted": jnp.mean(counted.astype(jnp.float32)),
         }
         return Loss(jnp.sum(jnp.where(counted, losses, 0.0)) / number, metrics, state)
-
-    def _enqueue(self, keys: jax.Array, labels: jax.Array, examples: jax.Array, state: Any) -> Any:
-        """The batch's keys in place of the oldest; the queue is a ring."""
-        count = keys.shape[0]
-        if count > self.queue:
-            raise UserError(f"LOOK.queue is {self.queue}, which cannot hold a batch of {count}.")
-        places = (state["oldest"] + jnp.arange(count)) % self.queue
-        return {
-            "features": state["features"].at[places].set(constrain(keys, None, None)),
-            "labels": state["labels"].at[places].set(labels.astype(jnp.int32)),
-            "examples": state["examples"].at[places].set(examples.astype(jnp.int32)),
-            "oldest": (state["oldest"] + count) % self.queue,
-        }
 
 
 def neighbour_losses(
@@ -174,25 +165,22 @@ def find_neighbours(own: References, references: References, k: int, chunk: int)
         jnp.pad(references.examples, (0, padding), constant_values=_NOBODY),
     )
     chunks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), padded)
-    starts = jnp.arange(chunks.labels.shape[0]) * size
+    starts = jnp.arange(chunks.labels.shape[0], dtype=jnp.int32) * size
     batch = queries.shape[0]
 
     def merge(best: Any, item: Any) -> tuple[Any, None]:
-        scores, places, mate_score, mate = best
+        nearest, (mate_score, mate) = best
         part, start = item
-        cosines = queries @ part.features.T  # [B / devices, chunk]
+        cosines = jnp.einsum("be,ce->bc", queries, part.features, precision="highest")  # [B / devices, chunk]
         out = (part.examples == _NOBODY)[None] | (part.examples[None] == own.examples[:, None])
         cosines = jnp.where(out, -jnp.inf, cosines)
-        where = jnp.broadcast_to(start + jnp.arange(size), cosines.shape)
-        scores, order = jax.lax.top_k(jnp.concatenate([scores, cosines], axis=1), k)
-        places = jnp.take_along_axis(jnp.concatenate([places, where], axis=1), order, axis=1)
         mates = jnp.where(part.labels[None] == own.labels[:, None], cosines, -jnp.inf)
         nearer = jnp.max(mates, axis=1) > mate_score
         mate = jnp.where(nearer, start + jnp.argmax(mates, axis=1), mate)
-        return (scores, places, jnp.maximum(mate_score, jnp.max(mates, axis=1)), mate), None
+        mate_score = jnp.maximum(mate_score, jnp.max(mates, axis=1))
+        return (merge_best(nearest, cosines, start), (mate_score, mate)), None
 
-    nothing = jnp.full((batch, k), -jnp.inf), jnp.zeros((batch, k), jnp.int32)
     nobody = jnp.full(batch, -jnp.inf), jnp.zeros(batch, jnp.int32)
-    best, _ = jax.lax.scan(merge, (*nothing, *nobody), (chunks, starts))
-    scores, places, mate_score, mate = best
+    best, _ = jax.lax.scan(merge, (nothing_yet(batch, k), nobody), (chunks, starts))
+    (scores, places), (mate_score, mate) = best
     return Neighbours(places, scores > -jnp.inf, mate, mate_score > -jnp.inf)

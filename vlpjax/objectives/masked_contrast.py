@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from vlpjax.errors import UserError
-from vlpjax.mesh import constrain
 from vlpjax.models.heads import MLPHead
 from vlpjax.models.patches import cut
 from vlpjax.objectives.base import BatchCoupled, Context, Loss, normalize
+from vlpjax.objectives.crops import entropies
 from vlpjax.objectives.masked_image import patch_grid
 from vlpjax.objectives.masking import PixelGroups
-from vlpjax.objectives.targets import masked_mean
+from vlpjax.objectives.moco import momentum_contrast
+from vlpjax.objectives.two_views import per_view
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class MaskedMomentumContrast(BatchCoupled):
             "projector": MLPHead(tuple(self.projector), last_norm="plain"),
         }
 
-    def initial_state(self) -> Any:
+    def initial_state(self, key: jax.Array) -> Any:
         return {"centre": jnp.zeros(self.prototypes)}
 
     def encode(self, context: Context) -> dict[str, jax.Array]:
@@ -109,46 +110,59 @@ class MaskedMomentumContrast(BatchCoupled):
         def split(x: jax.Array) -> jax.Array:
             return x.reshape(batch, views, *x.shape[1:])
 
+        tokens = split(seen["tokens"])  # [B, V, N, D]
+        errors, truth, targets = self._named(tokens, taught["tokens"], context)
+        counted = (split(hidden.mean(axis=-1)) >= 0.5).astype(jnp.float32)  # [B, V, N]
         return {
             "error": split(gap * hidden).sum(axis=(1, 2, 3)),  # [B]
             "pixels": split(hidden).sum(axis=(1, 2, 3)),  # [B]
-            "corrupted": split(hidden.mean(axis=-1)),  # [B, V, N]
-            "tokens": split(seen["tokens"]),  # [B, V, N, D]
+            "patch_error": jnp.sum(errors * counted, axis=(1, 2)),  # [B]
+            "patches": jnp.sum(counted, axis=(1, 2)),  # [B]
+            "truth": jnp.mean(truth, axis=(1, 2)),  # [B, K]
+            "targets": jnp.mean(targets, axis=(1, 2)),  # [B, K]
             "class": split(seen["prefix"][:, 0]),  # [B, V, D]
-            "teacher_tokens": taught["tokens"],
             "teacher_class": taught["prefix"][:, :, 0],
         }
 
     def compare(self, features: dict[str, jax.Array], context: Context) -> Loss:
-        pixels = jnp.sum(features["error"]) / jnp.maximum(jnp.sum(features["pixels"]), 1.0)
-        scores = context.head("patches", features["tokens"]).astype(jnp.float32)  # [B, V, N, K]
-        truth = context.head("patches", features["teacher_tokens"], teacher=self.teacher).astype(jnp.float32)
-        centre = context.state["centre"]
-        targets = jax.nn.softmax((truth - centre) / self.teacher_temperature)
-        errors = optax.softmax_cross_entropy(scores / self.student_temperature, targets)  # [B, V, N]
-        patches = masked_mean(errors, features["corrupted"] >= 0.5)
-        queries = normalize(context.head("projector", features["class"]))  # [B, V, E]
-        keys = normalize(context.head("projector", features["teacher_class"], teacher=self.teacher))
-        images = symmetric_contrast(queries, keys, self.temperature)
+        pixels, patches = (
+            jnp.sum(features[error]) / jnp.maximum(jnp.sum(features[count]), 1.0)
+            for error, count in (("error", "pixels"), ("patch_error", "patches"))
+        )
+        queries = normalize(per_view(context, "projector", features["class"]))  # [B, V, E]
+        keys = normalize(per_view(context, "projector", features["teacher_class"], self.teacher))
+        contrasts = [
+            momentum_contrast(queries[:, view], keys[:, 1 - view], self.temperature) for view in (0, 1)
+        ]
+        images, accuracy = contrasts[0][0] + contrasts[1][0], (contrasts[0][1] + contrasts[1][1]) / 2
         value = self.pixel_weight * pixels + self.patch_weight * patches + self.image_weight * images
-        mean = jnp.mean(targets, axis=(0, 1, 2))
-        entropy = -jnp.sum(mean * jnp.log(mean + 1e-12)) / jnp.log(float(self.prototypes))
-        momentum = self.centre_momentum
-        state = {"centre": momentum * centre + (1 - momentum) * jnp.mean(truth, axis=(0, 1, 2))}
-        metrics = {"pixels": pixels, "patches": patches, "images": images, "prototype_entropy": entropy}
+        momentum, truth = self.centre_momentum, jnp.mean(features["truth"], axis=0)
+        state = {"centre": momentum * context.state["centre"] + (1 - momentum) * truth}
+        metrics = {
+            "pixels": pixels,
+            "patches": patches,
+            "images": images,
+            "accuracy": accuracy,
+            "prototype_entropy": entropies(jnp.mean(features["targets"], axis=0))["mean_entropy"],
+        }
         return Loss(value, metrics, jax.lax.stop_gradient(state))
 
+    def _named(
+        self,
+        tokens: Float[Array, "batch views patches width"],
+        taught: Float[Array, "batch views patches width"],
+        context: Context,
+    ) -> tuple[
+        Float[Array, "batch views patches"],
+        Float[Array, "batch views patches prototypes"],
+        Float[Array, "batch views patches prototypes"],
+    ]:
+        """Per patch the cross-entropy with the teacher's distribution, the teacher's scores, and that distribution.
 
-def symmetric_contrast(
-    queries: Float[Array, "batch 2 features"], keys: Float[Array, "batch 2 features"], temperature: float
-) -> Float[Array, ""]:
-    """2 T times the cross-entropies of each view's queries with the other view's keys; both of length one."""
-    total = jnp.zeros(())
-    for view in (0, 1):
-        query = constrain(queries[:, view], "frames", None)
-        key = constrain(jax.lax.stop_gradient(keys[:, 1 - view]), None, None)
-        logits = constrain(query @ key.T, "frames", None) / temperature  # [B / devices, B]
-        right: Bool[Array, "batch batch"] = jnp.eye(len(query), dtype=bool)
-        log_shares = jax.nn.log_softmax(logits, axis=-1)
-        total = total - jnp.sum(jnp.where(constrain(right, "frames", None), log_shares, 0.0)) / len(query)
-    return 2 * temperature * total
+        Here and not in the comparison, because the scores of all patches of a batch are large, and no patch needs
+        another's.
+        """
+        scores = context.head("patches", tokens).astype(jnp.float32)
+        truth = context.head("patches", taught, teacher=self.teacher).astype(jnp.float32)
+        targets = jax.nn.softmax((truth - context.state["centre"]) / self.teacher_temperature)
+        return optax.softmax_cross_entropy(scores / self.student_temperature, targets), truth, targets

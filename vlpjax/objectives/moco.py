@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vlpjax.errors import UserError
 from vlpjax.mesh import constrain
 from vlpjax.models.heads import MLPHead
-from vlpjax.objectives.base import Context, Loss, normalize
+from vlpjax.objectives.base import Context, Loss, normalize, pick
 from vlpjax.objectives.contrastive import local_rows
+from vlpjax.objectives.queue import enqueue
 from vlpjax.objectives.two_views import TwoViews, per_view
 
 
@@ -53,15 +52,15 @@ class MoCoV2(MomentumContrast):
     def heads(self) -> dict[str, nn.Module]:
         return {"projector": MLPHead(self.projector, norm=None)}
 
-    def initial_state(self) -> dict[str, jax.Array]:
-        noise = jax.random.normal(jax.random.key(0), (self.queue, self.projector[-1]))
+    def initial_state(self, key: jax.Array) -> dict[str, jax.Array]:
+        noise = jax.random.normal(key, (self.queue, self.projector[-1]))
         return {"queue": normalize(noise), "oldest": jnp.zeros((), jnp.int32)}
 
     def encode(self, context: Context) -> dict[str, jax.Array]:
         first, second = self.views
         return {
-            "student": context.encode(self.tower, first)[self.output],  # [B, D]
-            "teacher": context.encode(self.tower, second, teacher=self.teacher)[self.output],  # [B, D]
+            "student": pick(context.encode(self.tower, first), self.output),  # [B, D]
+            "teacher": pick(context.encode(self.tower, second, teacher=self.teacher), self.output),  # [B, D]
         }
 
     def compare(self, features: dict[str, jax.Array], context: Context) -> Loss:
@@ -73,23 +72,14 @@ class MoCoV2(MomentumContrast):
         logits = jnp.concatenate([right, wrong], axis=1) / self.temperature
         losses = jax.nn.logsumexp(logits, axis=1) - logits[:, 0]
         accuracy = jnp.mean(right[:, 0] >= jnp.max(wrong, axis=1))
-        return Loss(jnp.mean(losses), {"accuracy": accuracy}, self._enqueue(keys, context.state))
-
-    def _enqueue(self, keys: Float[Array, "batch features"], state: Any) -> dict[str, jax.Array]:
-        """The keys in place of the oldest ones; the queue is a ring."""
-        count = keys.shape[0]
-        if count > self.queue:
-            raise UserError(f"MoCoV2.queue is {self.queue}, which cannot hold a batch of {count} keys.")
-        places = (state["oldest"] + jnp.arange(count)) % self.queue
-        queue = state["queue"].at[places].set(constrain(keys, None, None))
-        return {"queue": queue, "oldest": (state["oldest"] + count) % self.queue}
+        return Loss(jnp.mean(losses), {"accuracy": accuracy}, enqueue(context.state, "MoCoV2", queue=keys))
 
 
 @dataclass(frozen=True)
 class MoCoV3(MomentumContrast):
     """Each view asks for the other among the batch's; the student has a predictor, the negatives are the batch's keys.
 
-    L = ctr(q1, k2) + ctr(q2, k1) with ctr(q, k) = 2 T CE(q k^T / T).  The keys are gathered without gradient.
+    L = ctr(q1, k2) + ctr(q2, k1) with ctr(q, k) = 2 T CE(q k^T / T).  Keys carry no gradient.
 
     For Vision Transformers the patch projection stays as it was initialised, which ``rate_rules`` of the optimizer
     say: ``(r"image/patches/.*", None)`` (section 4.3 of the paper).
@@ -120,17 +110,23 @@ class MoCoV3(MomentumContrast):
         projected = per_view(context, "projector", features["student"])
         queries = normalize(per_view(context, "predictor", projected))  # [B, 2, E]
         keys = normalize(per_view(context, "projector", features["teacher"], self.teacher))  # [B, 2, E]
-        forward, right = self._contrast(queries[:, 0], keys[:, 1])
-        backward, right_back = self._contrast(queries[:, 1], keys[:, 0])
+        forward, right = momentum_contrast(queries[:, 0], keys[:, 1], self.temperature)
+        backward, right_back = momentum_contrast(queries[:, 1], keys[:, 0], self.temperature)
         return Loss(forward + backward, {"accuracy": (right + right_back) / 2})
 
-    def _contrast(
-        self, queries: Float[Array, "batch features"], keys: Float[Array, "batch features"]
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """ctr(q, k), and the share of queries that find their key."""
-        logits = local_rows(queries, keys, 1 / self.temperature)  # [B / devices, B]
-        labels = jnp.arange(queries.shape[0])
-        right = jnp.sum(queries * keys, axis=-1) / self.temperature
-        losses = jax.nn.logsumexp(logits, axis=1) - right
-        accuracy = jnp.mean(jnp.argmax(logits, axis=1) == constrain(labels, "frames"))
-        return 2 * self.temperature * jnp.mean(losses), accuracy
+
+def momentum_contrast(
+    queries: Float[Array, "batch features"], keys: Float[Array, "batch features"], temperature: float
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """ctr(q, k) = 2 T CE(q k^T / T) over the global batch, and the share of queries that find their key.
+
+    Queries and keys have length one; keys are gathered.
+
+    Source: "An Empirical Study of Training Self-Supervised Vision Transformers", arXiv 2104.02057, algorithm 1.
+    """
+    logits = local_rows(queries, keys, 1 / temperature)  # [B / devices, B]
+    labels = jnp.arange(queries.shape[0])
+    right = jnp.sum(queries * keys, axis=-1) / temperature
+    losses = jax.nn.logsumexp(logits, axis=1) - right
+    accuracy = jnp.mean(jnp.argmax(logits, axis=1) == constrain(labels, "frames"))
+    return 2 * temperature * jnp.mean(losses), accuracy

@@ -27,8 +27,7 @@ class NTXent(TwoViews):
     Attributes:
       temperature: divides the cosines.
       projector: widths of the projector's layers; the last is the space of the comparison.
-      projector_norm: of its hidden layers, ``"batch"``, ``"layer"`` or None; its statistics are those of both
-        views together.
+        Its hidden layers have BatchNorm over both views together.
       projector_last_norm: after its last layer: ``"affine"``, ``"plain"`` or None.
 
     Source: "A Simple Framework for Contrastive Learning of Visual Representations", arXiv 2002.05709, equation 1.
@@ -36,11 +35,10 @@ class NTXent(TwoViews):
 
     temperature: float = 0.1
     projector: tuple[int, ...] = (2048, 128)
-    projector_norm: str | None = "batch"
     projector_last_norm: str | None = None
 
     def heads(self) -> dict[str, nn.Module]:
-        return {"projector": MLPHead(self.projector, self.projector_norm, self.projector_last_norm)}
+        return {"projector": MLPHead(self.projector, last_norm=self.projector_last_norm)}
 
     def compare(self, features: dict[str, jax.Array], context: Context) -> Loss:
         views = normalize(context.head("projector", features["student"]))  # [B, 2, E]

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from vlpjax.errors import UserError
 from vlpjax.models.elastic import ElasticViT, Size
-from vlpjax.objectives.base import Context, Loss, pick
+from vlpjax.objectives.base import Context, Loss
 from vlpjax.objectives.crops import entropies
 from vlpjax.objectives.ibot import IBOT
 from vlpjax.objectives.koleo import koleo
@@ -36,7 +36,6 @@ class POA(IBOT):
       widths: smallest and largest, and their steps, the width of a head.
       depths: smallest and largest.
       share: weight of the whole student.
-      seed: of the order of sizes.
 
     Source: "POA: Pre-training Once for Models of All Sizes", arXiv 2408.01031, sections 3.2 and 3.3.
     """
@@ -45,7 +44,6 @@ class POA(IBOT):
     widths: tuple[int, int, int] = (384, 1024, 64)
     depths: tuple[int, int] = (12, 24)
     share: float = 0.8
-    seed: int = 0
     centring: str = "sinkhorn"
     koleo: float = 0.1
 
@@ -61,19 +59,12 @@ class POA(IBOT):
 
     def encode(self, context: Context) -> dict[str, jax.Array]:
         self._check_tower(context.student[self.tower])
-        size = self.size(context)
         whole = super().encode(context)
         seen = context.encode_views(self.tower, self.global_views, teacher=self.teacher)  # remembered
         hidden, places, _ = self.masked_places(context, seen["tokens"].shape[2])  # the same draw
-        masked = context.encode_views(
-            self.tower, self.global_views, variant=f"{context.objective}/elastic", masked=hidden, size=size
+        masked, elastic = self.crops(
+            context, f"{context.objective}/elastic", dict(masked=hidden), size=self.size(context)
         )
-        elastic = pick(masked, self.output)
-        if self.local_views:
-            local = context.encode_views(
-                self.tower, self.local_views, variant=f"{context.objective}/elastic", size=size
-            )
-            elastic = jnp.concatenate([elastic, pick(local, self.output)], axis=1)
         patches = jnp.take_along_axis(masked["tokens"], places[..., None], axis=2)
         return {**whole, "elastic": elastic, "elastic_patches": patches}
 
@@ -97,7 +88,7 @@ class POA(IBOT):
         """The sub-network of this step."""
         sizes = jnp.asarray(size_list(self.widths, self.depths), jnp.int32)  # [S, 2]
         cycle, place = context.step // len(sizes), context.step % len(sizes)
-        order = jax.random.permutation(jax.random.fold_in(jax.random.key(self.seed), cycle), len(sizes))
+        order = jax.random.permutation(jax.random.fold_in(context.run_key("sizes"), cycle), len(sizes))
         width, depth = sizes[order[place]]
         return Size(width, depth)
 

@@ -16,6 +16,7 @@ from vlpjax.models.prototypes import Prototypes, unit_prototypes
 from vlpjax.objectives.assignment import sinkhorn
 from vlpjax.objectives.base import Context, Loss, normalize
 from vlpjax.objectives.crops import MultiCrop, crop_pairs, cross_entropies, entropies
+from vlpjax.objectives.queue import enqueue
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,14 @@ class SwAV(MultiCrop):
     def constraints(self) -> dict[str, Any]:
         return {"prototypes": unit_prototypes}
 
-    def initial_state(self) -> Any:
+    def initial_state(self, key: jax.Array) -> Any:
         if not self.queue:
             return ()
-        features = jnp.zeros((len(self.global_views), self.queue, self.projector[-1]))
-        return {"queue": features, "seen": jnp.zeros((), jnp.int32)}
+        features = jnp.zeros((self.queue, len(self.global_views), self.projector[-1]))
+        return {"queue": features, "oldest": jnp.zeros((), jnp.int32), "seen": jnp.zeros((), jnp.int32)}
 
     def encode(self, context: Context) -> Float[Array, "batch views width"]:
-        return self.crops(context)
+        return self.crops(context)[1]
 
     def compare(self, features: Any, context: Context) -> Loss:
         projected = normalize(context.head("projector", features))  # [B, V, E]
@@ -89,7 +90,7 @@ class SwAV(MultiCrop):
         scores = scores[:, view]
         if not self.queue:
             return sinkhorn(scores, self.epsilon, self.rounds)
-        earlier = context.head("prototypes", context.state["queue"][view], True)  # [Q, K]
+        earlier = context.head("prototypes", context.state["queue"][:, view], True)  # [Q, K]
         full = context.state["seen"] >= self.queue
         started = context.step >= (context.steps(self.queue_start, "queue_start") if self.queue_start else 0)
         batch = scores.shape[0]
@@ -97,15 +98,11 @@ class SwAV(MultiCrop):
         return sinkhorn(jnp.concatenate([scores, earlier]), self.epsilon, self.rounds, counted)[:batch]
 
     def _enqueue(self, projected: Float[Array, "batch large features"], context: Context) -> Any:
-        """The batch's features in front, the oldest gone."""
+        """The batch's features in place of the oldest."""
         if not self.queue:
             return ()
-        batch = projected.shape[0]
-        if batch > self.queue:
-            raise UserError(f"SwAV.queue is {self.queue}, which cannot hold a batch of {batch}.")
-        newest = jnp.swapaxes(jax.lax.stop_gradient(projected), 0, 1)  # [G, B, E]
-        queue = jnp.concatenate([newest, context.state["queue"][:, : self.queue - batch]], axis=1)
-        return {"queue": queue, "seen": jnp.minimum(context.state["seen"] + batch, self.queue)}
+        seen = jnp.minimum(context.state["seen"] + projected.shape[0], self.queue)
+        return {**enqueue(context.state, "SwAV", queue=projected), "seen": seen}
 
     def _frozen(self, context: Context) -> Any:
         if not self.freeze_prototypes:

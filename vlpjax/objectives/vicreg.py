@@ -63,7 +63,8 @@ def off_diagonal_covariance(embedded: Float[Array, "batch features"]) -> Float[A
     """The sum of the squared covariances of different dimensions, over the number of dimensions.
 
     The squares of a covariance matrix and of the Gram matrix of the same rows have one sum, so whichever of the two
-    is smaller is made, spread over the devices by its rows; then the squares of the diagonal are taken off.
+    is smaller is made, spread over the devices by its rows (a covariance is first a sum of the devices' own); then the
+    squares of the diagonal are taken off.
 
     Source: arXiv 2105.04906, equation 4.
     """
@@ -73,6 +74,6 @@ def off_diagonal_covariance(embedded: Float[Array, "batch features"]) -> Float[A
         gathered = constrain(centred, None, None)
         squares = jnp.sum(jnp.square(constrain(centred, "frames", None) @ gathered.T))  # [B / devices, B]
     else:
-        squares = jnp.sum(jnp.square(centred.T @ centred))
+        squares = jnp.sum(jnp.square(constrain(centred.T @ centred, "frames", None)))  # [D / devices, D]
     diagonal = jnp.sum(jnp.square(jnp.sum(jnp.square(centred), axis=0)))
     return (squares - diagonal) / float((batch - 1) ** 2 * width)  # too large a number for an int32
