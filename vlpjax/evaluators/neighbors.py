@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.errors import UserError
+from vlpjax.evaluators.base import unit
 from vlpjax.mesh import Layout, constrain
 
 DISTANCES = ("cosine", "euclidean")
@@ -62,7 +63,7 @@ def make_nearest(
     def nearest(queries: jax.Array, memory: jax.Array, real: jax.Array) -> Nearest:
         with layout.activate():
             if distance == "cosine":
-                queries, memory = _directions(queries), _directions(memory)
+                queries, memory = unit(queries), unit(memory)
             count, padding = queries.shape[0], -queries.shape[0] % chunk
             chunks = jnp.pad(queries, ((0, padding), (0, 0))).reshape(-1, chunk, queries.shape[1])
             scores, places = jax.lax.map(
@@ -124,7 +125,3 @@ def _best_of_blocks(
 def _take_best(scores: jax.Array, places: jax.Array, k: int) -> Nearest:
     best, where = jax.lax.top_k(scores, k)
     return best, jnp.take_along_axis(places, where, axis=1)
-
-
-def _directions(x: jax.Array) -> jax.Array:
-    return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-8)
