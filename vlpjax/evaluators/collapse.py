@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vlpjax.data.pipeline import Pipeline
@@ -56,7 +57,7 @@ class Collapse(Evaluator):
 
 def spread(features: np.ndarray) -> float:
     """The mean deviation per feature of rows [N, E] brought to length one, times sqrt(E)."""
-    directions = np.asarray(unit(features), np.float64)
+    directions = np.asarray(unit(jnp.asarray(features)), np.float64)
     return float(directions.std(axis=0).mean() * features.shape[1] ** 0.5)
 
 

@@ -99,8 +99,9 @@ def label_counts(label_map: np.ndarray, patches: int, classes: int, ignore: int 
       ignore: a label that is not counted.
     """
     side = patch_side(patches, label_map.shape)
-    rows, columns = np.indices(label_map.shape, sparse=True)
-    places = (rows // side * (label_map.shape[1] // side) + columns // side) * classes + label_map
+    height, width = label_map.shape
+    rows, columns = np.arange(height)[:, None] // side, np.arange(width) // side
+    places = (rows * (width // side) + columns) * classes + label_map
     counted = places[is_counted(label_map, ignore)]
     return np.bincount(counted, minlength=patches * classes).reshape(patches, classes)
 
