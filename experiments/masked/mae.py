@@ -8,9 +8,10 @@ python -m vlpjax.main --config=experiments/masked/mae.py --workdir=runs/mae
 
 from __future__ import annotations
 
-from experiments import _bundled
+from experiments import _bundled, _recipes
 from experiments.masked import _shared
 from vlpjax.config import Config, spec
+from vlpjax.evaluators.linear_probe import TrainedProbe
 from vlpjax.evaluators.pictures import Reconstruction
 from vlpjax.models.vit import ViT
 from vlpjax.models.vit_variants import variant
@@ -46,6 +47,11 @@ def get_config(size: str = "small") -> Config:
         config.towers = dict(image=_tower())
         decoder = dict(patch=16, decoder_width=512, decoder_depth=8, decoder_heads=16)
         _shared.imagenet(config, batch_size=4096, scale=(0.2, 1.0))
+        config.evaluators.linear = spec(
+            TrainedProbe,
+            train=_recipes.imagenet_labelled("train"),
+            test=_recipes.imagenet_labelled("validation"),
+        )
         config.optimizer = _shared.adamw(1.5e-4 * 4096 / 256, warmup="40 epochs")
     objective = spec(MaskedAutoencoding, mask=spec(RandomPatches, ratio=0.75), target=spec(Pixels), **decoder)
     config.objectives = dict(mae=dict(weight=1.0, loss=objective))

@@ -2,7 +2,7 @@
 
 python -m vlpjax.main --config=experiments/masked/mmc.py --workdir=runs/mmc
 
-``small`` (the default) learns from collages of two bundled drawings at 32 pixels, and measures without training how
+``small`` (the default) learns from canvases with two bundled drawings at 32 pixels, and measures without training how
 well one patch of a drawing finds the rest of it, for a vendor that was never trained on.  ``mmc.py:paper`` is ViT-S/16
 on ImageNet-1k for 800 epochs, which needs the data set as TFDS prepares it.  The paper leaves weights and heads open;
 those here are GMML's, iBOT's and SiT's.
@@ -16,16 +16,14 @@ from experiments import _bundled
 from experiments.masked import _shared
 from vlpjax.config import Config, spec
 from vlpjax.data.pipeline import Pipeline
-from vlpjax.data.sources import Companion
+from vlpjax.data.sources import Canvases
 from vlpjax.data.transforms import (
-    Collage,
     ColorJitter,
     Decode,
     GaussianBlur,
     Normalize,
     RandomFlip,
     RandomResizedCrop,
-    Trim,
     Views,
 )
 from vlpjax.evaluators.patches import ObjectOverlap, PromptSegmentation
@@ -62,17 +60,16 @@ def get_config(size: str = "small") -> Config:
             prototypes=256,
             projector=(256, 64),
         )
-        config.data.train = _collages(
-            _bundled.SEEN, _views(_shared.SIZE, (0.5, 1.0), _bundled.normalize()), VIEWS
-        )
+        views = _views(_shared.SIZE, (0.5, 1.0), _bundled.normalize())
+        config.data.train = _canvases(_bundled.SEEN, 8192, views, VIEWS, batch_size=128)
         _shared.small(config)
-        test = _collages(
-            _bundled.UNSEEN, dict(normalize=_bundled.normalize()), ("image", "objects"), once=True
+        once = dict(batch_size=256, shuffle=False, repeat=False)
+        test = _canvases(
+            _bundled.UNSEEN, 1024, dict(normalize=_bundled.normalize()), ("image", "objects"), **once
         )
-        grid = (_shared.SIZE // _shared.PATCH,) * 2
         config.evaluators = dict(
-            segmentation=spec(PromptSegmentation, data=test, grid=grid, title="one patch finds its drawing"),
-            overlap=spec(ObjectOverlap, data=test, grid=grid, title="within and between drawings"),
+            segmentation=spec(PromptSegmentation, data=test, title="one patch finds its drawing"),
+            overlap=spec(ObjectOverlap, data=test, title="within and between drawings"),
         )
         momentum = 0.99
     else:
@@ -112,23 +109,14 @@ def _views(size: int, scale: tuple[float, float], normalize: Config) -> dict[str
     return dict(views=spec(Views, views=dict.fromkeys(VIEWS, chain), drop=True))
 
 
-def _collages(
-    vendors: str, transforms: dict[str, Config], keep: tuple[str, ...], once: bool = False
+def _canvases(
+    vendors: str, count: int, transforms: dict[str, Config], keep: tuple[str, ...], **fields: Any
 ) -> Config:
-    """Two drawings side by side, from far apart in the data set."""
-    drawings = dict(
-        decode=spec(Decode),
-        trim=spec(Trim),
-        decode_companion=spec(Decode, field="companion"),
-        trim_companion=spec(Trim, field="companion"),
-        collage=spec(Collage, fields=("image", "companion"), size=_shared.SIZE),
-    )
+    """Two drawings side by side."""
     return spec(
         Pipeline,
-        source=spec(Companion, source=_bundled.source(vendors), offset=797),
-        transforms=drawings | transforms,
-        batch_size=256 if once else 128,
-        shuffle=not once,
-        repeat=not once,
+        source=spec(Canvases, source=_bundled.source(vendors), count=count, classes=None, size=_shared.SIZE),
+        transforms=dict(decode=spec(Decode), **transforms),
         keep=keep,
+        **fields,
     )

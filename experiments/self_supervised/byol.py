@@ -8,10 +8,12 @@ pod.
 
 from __future__ import annotations
 
+from experiments import _bundled
 from experiments._recipes import start
 from experiments.self_supervised._shared import NORMALIZE, SCALE, SIZE, lars_optimizer, paper, resnet50, small
 from experiments.self_supervised._views import asymmetric
 from vlpjax.config import Config, spec
+from vlpjax.evaluators.collapse import Collapse
 from vlpjax.objectives.byol import BYOL
 from vlpjax.teachers import EMA
 
@@ -32,6 +34,8 @@ def get_config(size: str = "small") -> Config:
         views = asymmetric(SIZE, SCALE, normalize=NORMALIZE)
         config = small(config, views, spec(BYOL, projector=(256, 64), predictor=(256, 64)))
         config.teachers.ema = spec(EMA, decay=0.97, final_decay=1.0)
+        images = _bundled.images(_bundled.UNSEEN, SIZE)
+        config.evaluators.collapse = spec(Collapse, data=images, every="25%", title="spread of features")
         return config
     config = paper(config, resnet50(), asymmetric(224), spec(BYOL), BATCH, "1000 epochs")
     config.teachers.ema = spec(EMA, decay=0.996, final_decay=1.0)

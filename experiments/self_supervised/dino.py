@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from experiments import _bundled
 from experiments._recipes import adamw, start
 from experiments.self_supervised._shared import (
     LOCAL_SCALE,
@@ -23,6 +24,7 @@ from experiments.self_supervised._shared import (
 )
 from experiments.self_supervised._views import multi_crop, numbered
 from vlpjax.config import Config, spec
+from vlpjax.evaluators.pictures import AttentionMaps
 from vlpjax.objectives.dino import DINO
 from vlpjax.teachers import EMA
 
@@ -40,7 +42,12 @@ BATCH, LOCAL = 1024, 8
 def get_config(size: str = "small") -> Config:
     config = start("DINO", size)
     if size == "small":
-        return small_distillation(config, spec(DINO, **SMALL_HEAD))
+        config = small_distillation(config, spec(DINO, **SMALL_HEAD))
+        images = _bundled.images(_bundled.UNSEEN, SIZE)
+        config.evaluators.attention = spec(
+            AttentionMaps, data=images, params="ema", title="where the class token looks"
+        )
+        return config
     views = multi_crop((224, 96), LOCAL, (0.4, 1.0), (0.05, 0.4))
     loss = spec(
         DINO,

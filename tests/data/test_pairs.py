@@ -1,4 +1,4 @@
-"""Overlapping crops share pixels, collages say whose every pixel is, companions bring another example's field."""
+"""Overlapping crops share pixels, and are not always equal."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny import rows_of
-from vlpjax.data.sources import Companion
-from vlpjax.data.transforms import Collage, OverlappingCrops
+from vlpjax.data.transforms import OverlappingCrops
 from vlpjax.errors import UserError
 
 SIZE, SIDE = 32, 48
@@ -64,38 +62,8 @@ def test_steps_that_there_is_room_for_are_equally_likely() -> None:
     np.testing.assert_allclose(counts / 400, share, atol=4 * (share * (1 - share) / 400) ** 0.5)
 
 
-def test_a_collage_maps_what_is_darker_than_paper() -> None:
-    square = np.full((8, 8, 3), 255, np.uint8)
-    square[2:6, 2:6] = (255, 0, 0)
-    paper = Image.fromarray(np.full((8, 8, 3), 255, np.uint8))
-    made = Collage(fields=("a", "b", "c"), size=24).map(
-        {"a": Image.fromarray(square), "b": paper, "c": Image.fromarray(square), "label": 1}
-    )
-    assert set(made) == {"image", "objects", "label"} and made["objects"].dtype == np.int32
-    assert made["image"].size == (24, 24)
-    expected = np.zeros((24, 24), int)
-    expected[10:14, 2:6], expected[10:14, 18:22] = 1, 3
-    np.testing.assert_array_equal(made["objects"], expected)
-    np.testing.assert_array_equal(np.any(np.asarray(made["image"]) < 255, axis=-1), expected > 0)
-
-
-def test_a_companion_is_another_example() -> None:
-    rows = rows_of(image=[10, 11, 12], name=["a", "b", "c"])
-    source = Companion(rows, offset=2)
-    assert [source[index]["companion"] for index in range(3)] == [12, 10, 11]
-    assert [source[index]["name"] for index in range(3)] == ["a", "b", "c"]
-    assert source.describe(1) == "row 1 with row 0" and len(source) == 3
-    assert source.fingerprint() != Companion(rows, offset=1).fingerprint()
-    with pytest.raises(UserError, match="pairs each of 3 records with itself"):
-        Companion(rows, offset=3)[0]
-    with pytest.raises(IndexError):
-        source[3]
-
-
 def test_mistakes_are_told() -> None:
     with pytest.raises(UserError, match="overlap is 0"):
         OverlappingCrops(size=32, overlap=0.0)
     with pytest.raises(UserError, match="margin is 0.5"):
         OverlappingCrops(size=32, margin=0.5)
-    with pytest.raises(UserError, match="0 drawings"):
-        Collage(fields=(), size=4)

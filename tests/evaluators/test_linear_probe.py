@@ -10,14 +10,15 @@ import pytest
 
 from tests.evaluators.given import dataset, evaluate
 from vlpjax.errors import UserError
-from vlpjax.evaluators.linear_probe import SWEEP, LinearProbe, TrainedProbe
+from vlpjax.evaluators.linear_probe import SWEEP, LinearProbe, TrainedProbe, folded
 from vlpjax.evaluators.probing import (
     DIRECTIONS,
+    Classifier,
     Standard,
-    epochs_of_batches,
     fit_logistic,
     held_out,
     search,
+    shuffled_batches,
     train_classifier,
 )
 
@@ -121,14 +122,13 @@ def test_the_probe_is_that_of_newton_with_the_regularisation_found_on_what_was_h
 # --- the protocol of BatchNorm and LARS ---------------------------------------------------------------------------
 
 
-def trained(x: np.ndarray, *, batch_norm: bool = True, optimizer: str = "lars") -> np.ndarray:
+def trained(x: np.ndarray, *, batch_norm: bool = True) -> np.ndarray:
     """Logits of the test features after a short training."""
-    order = epochs_of_batches(np.arange(len(x)), 10, 20, seed=0)
-    rates = np.linspace(1.0, 0.1, len(order)).astype(np.float32)
+    rates = np.linspace(1.0, 0.1, 30).astype(np.float32).reshape(10, 3)
     model = jax.jit(
         lambda x, y: train_classifier(
-            x, y, order, classes=CLASSES, direction=DIRECTIONS[optimizer](0.9, 0.0), rates=rates,
-            batch_norm=batch_norm, seed=0,
+            x, y, np.arange(len(x)), rates, batch_size=20, classes=CLASSES,
+            direction=DIRECTIONS["lars"](0.9, 0.0), batch_norm=batch_norm, seed=0,
         )
     )(x, Y)  # fmt: skip
     scale = x[0] / X[0]
@@ -141,6 +141,31 @@ def test_batch_norm_takes_the_scale_of_every_feature_away() -> None:
     scaled = X * np.array([100.0, 0.25], np.float32)
     np.testing.assert_allclose(trained(scaled), trained(X), rtol=1e-3, atol=1e-4)
     assert np.abs(trained(scaled, batch_norm=False) - trained(X, batch_norm=False)).max() > 0.1
+
+
+def test_a_folded_classifier_says_of_raw_features_what_it_said_of_standardised_ones() -> None:
+    model = Classifier(RNG.normal(size=(2, CLASSES)), RNG.normal(size=CLASSES))
+    x = X * np.array([100.0, 0.25]) + np.array([50.0, -3.0])
+    standard = Standard.of(x, np.ones(len(x)))
+    np.testing.assert_allclose(folded(model, standard)(x), model(standard(x)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_trained_probe_scores_alike_however_its_features_are_shifted_and_scaled(devices: int) -> None:
+    """Of 60 examples 40 are in an epoch's batches; what is tested is standardised by the statistics of all."""
+
+    def score(x: np.ndarray, test: np.ndarray) -> dict[str, float]:
+        train = dataset(image=x, label=Y, batch_size=16)  # the last batch is padded
+        probe = TrainedProbe(
+            train=train, test=dataset(image=test, label=TEST_Y), batch_size=40, learning_rate=100.0,
+            epochs=100, warmup_epochs=10,
+        )  # fmt: skip
+        return evaluate(probe, devices).metrics
+
+    shift, scale = np.array([50.0, -3.0], np.float32), np.array([100.0, 0.25], np.float32)
+    plain = score(X, TEST_X)
+    assert score(X * scale + shift, TEST_X * scale + shift) == plain
+    assert plain["top1"] > 0.6
 
 
 @pytest.mark.parametrize(("optimizer", "devices"), [("sgd", 1), ("lars", 1), ("lars", 8)])
@@ -162,7 +187,9 @@ def test_a_trained_probe_comes_near_the_optimum(optimizer: str, devices: int) ->
 
 
 def test_the_rate_rises_and_falls_as_published() -> None:
-    rates = TrainedProbe(epochs=90, warmup_epochs=10).rates(900, 1024)
+    rates = TrainedProbe(epochs=90, warmup_epochs=10).rates(10, 1024)
+    assert rates.shape == (90, 10)
+    rates = rates.ravel()
     assert rates[0] == pytest.approx(0.4 / 100)
     assert rates[99] == pytest.approx(0.4)
     assert rates[100 + 400] == pytest.approx(0.2, rel=1e-3)
@@ -170,10 +197,13 @@ def test_the_rate_rises_and_falls_as_published() -> None:
 
 
 def test_every_epoch_sees_other_batches_of_the_same_examples() -> None:
-    order = epochs_of_batches(np.arange(3, 13), 2, 4, seed=0)
-    assert order.shape == (4, 4)
-    assert all(len(set(order[start : start + 2].ravel())) == 8 for start in (0, 2))
-    assert order[:2].tolist() != order[2:].tolist()
+    first, second = (
+        np.asarray(shuffled_batches(jax.random.key(epoch), np.arange(3, 13), 4)) for epoch in (0, 1)
+    )
+    for order in (first, second):
+        assert order.shape == (2, 4)
+        assert len(set(order.ravel().tolist())) == 8 and set(order.ravel().tolist()) <= set(range(3, 13))
+    assert first.tolist() != second.tolist()
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,8 @@ def test_accuracy_and_macro_accuracy(devices: int) -> None:
 def test_what_cannot_be_chosen_from_is_refused() -> None:
     with pytest.raises(UserError, match="two or more"):
         MultipleChoice(choices=("text",))
+    with pytest.raises(UserError, match="group is 'realtion'; did you mean 'relation'"):
+        evaluate(1, group="realtion")
     with pytest.raises(UserError, match="no relation reaches"):
         evaluate(1, group="relation", least=21)
     with pytest.raises(UserError, match="data is not set"):

@@ -20,6 +20,7 @@ from tests.evaluators.given import dataset
 from tests.tiny import experiment_of, layout_of, model_config, random_batch
 from vlpjax.config import spec
 from vlpjax.errors import UserError
+from vlpjax.evaluators import pictures
 from vlpjax.evaluators.base import Evaluator, Result
 from vlpjax.evaluators.pictures import AttentionMaps, Reconstruction, looked_at, overlaid
 from vlpjax.experiment import Experiment
@@ -51,16 +52,17 @@ class Halving(Objective):
 
 
 @functools.cache
-def parts() -> tuple[Experiment, Any]:
-    """A tiny experiment with that objective, and its parameters."""
+def parts(**tower: Any) -> tuple[Experiment, Any]:
+    """A tiny experiment with that objective and some fields of the image tower, and its parameters."""
     config = model_config()
+    config.towers.image.update(tower)
     config.objectives.half = dict(weight=1.0, loss=spec(Halving))
     experiment = experiment_of(config)
     return experiment, nn.meta.unbox(jax.jit(experiment.initial_variables)(random_batch()))
 
 
-def evaluate(evaluator: Evaluator, devices: int = 1) -> Result:
-    experiment, variables = parts()
+def evaluate(evaluator: Evaluator, devices: int = 1, **tower: Any) -> Result:
+    experiment, variables = parts(**tower)
     layout = layout_of(devices)
     return evaluator.make(experiment, layout)(jax.device_put(variables, layout.replicated))
 
@@ -91,10 +93,11 @@ def test_the_report_shows_every_picture_with_its_name() -> None:
 
 def test_attention_of_the_class_token_leaves_the_prefix_out() -> None:
     weights = RNG.dirichlet(np.ones(6), size=(2, 3, 6)).astype(np.float32)  # [B, heads, tokens, keys]
-    found = looked_at(jnp.asarray(weights), 2)
-    expected = weights.mean(axis=1)[:, 0, 2:]
-    np.testing.assert_allclose(found, expected / expected.sum(axis=1, keepdims=True), rtol=1e-5)
-    np.testing.assert_allclose(looked_at(jnp.asarray(weights), 0), weights.mean(axis=(1, 2)), rtol=1e-5)
+    heads = weights.mean(axis=1)
+    for prefix, by_class, rows in ((2, True, heads[:, 0]), (2, False, heads[:, 2:].mean(axis=1))):
+        expected = rows[:, prefix:] / rows[:, prefix:].sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(looked_at(jnp.asarray(weights), prefix, by_class), expected, rtol=1e-5)
+    np.testing.assert_allclose(looked_at(jnp.asarray(weights), 0, False), heads.mean(axis=1), rtol=1e-5)
 
 
 def test_an_image_is_bright_where_it_is_looked_at() -> None:
@@ -111,6 +114,20 @@ def test_the_attention_of_a_vit_is_shown(devices: int) -> None:
     result = evaluate(AttentionMaps(data=dataset(image=IMAGES), examples=2), devices)
     assert 0 < result.metrics["attended_share"] <= 1.0001
     assert [one["text"] for one in result.examples[0]["pictures"]] == ["original", "attention"]
+
+
+@pytest.mark.parametrize(("classes", "registers"), [(1, 2), (0, 2)])
+def test_a_register_is_no_class_token(classes: int, registers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def recorded(weights: jax.Array, prefix: int, by_class: bool) -> jax.Array:
+        seen.append((prefix, by_class))
+        return looked_at(weights, prefix, by_class)
+
+    monkeypatch.setattr(pictures, "looked_at", recorded)
+    tower = dict(class_tokens=classes, registers=registers, pool="mean")
+    evaluate(AttentionMaps(data=dataset(image=IMAGES)), **tower)
+    assert seen == [(classes + registers, bool(classes))]
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ from vlpjax.objectives.classification import Classification
 CLASSES = BATCH // 2
 
 
-def made(smoothing: float = 0.0) -> tuple[Any, Any]:
-    """The loss as a function of the parameters, and those."""
+def made(smoothing: float = 0.0, **fields: Any) -> tuple[Any, Any]:
+    """The loss as a function of the parameters, and those; ``fields`` replace some of the batch."""
     config = model_config()
     objective = spec(Classification, classes=CLASSES, smoothing=smoothing)
     config.objectives = dict(classes=dict(weight=1.0, loss=objective))
-    experiment, batch = experiment_of(config), random_batch()
+    experiment, batch = experiment_of(config), {**random_batch(), **fields}
     params = nn.meta.unbox(jax.jit(experiment.initial_variables)(batch))["params"]
 
     def loss(params: Any) -> Loss:
@@ -55,6 +55,12 @@ def test_the_loss_is_the_cross_entropy_and_its_gradient_reaches_the_tower(smooth
     p = np.exp(logs) - targets
     np.testing.assert_allclose(grads["classes_classifier"]["linear"]["bias"], p.mean(axis=0), atol=1e-6)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads["image"]["patches"]))
+
+
+@pytest.mark.parametrize("wrong", [CLASSES, -1])
+def test_a_label_that_is_no_class_does_not_pass_in_silence(wrong: int) -> None:
+    loss, params = made(label=np.where(np.arange(BATCH) == 3, wrong, 0))
+    assert np.isnan(jax.jit(loss)(params).value)
 
 
 @pytest.mark.parametrize("fields", [dict(classes=1), dict(classes=3, smoothing=1.0)])

@@ -44,6 +44,7 @@ SHAPES = {
     "text": {
         "blocks": {"attention": {"query": {"kernel": (3, 16, 2, 8), "bias": (3, 2, 8)}}},
         "token_embedding": {"embedding": (32, 16)},
+        "square": {"kernel": (16, 16)},
     },
     "clip_temperature": {"value": ()},
 }
@@ -106,19 +107,23 @@ def test_eight_devices_move_as_one_and_a_frozen_tower_stays(name: str) -> None:
 
 
 def test_factored_moments_lie_where_the_rows_and_columns_of_their_parameter_lie() -> None:
-    layout = layout_of(8)
+    whole = layout_of(8).shard_parameters(PARAMS)["text"]["token_embedding"]["embedding"].spec
+    assert tuple(whole) == ("fsdp", None)  # [32, 16] is divided by its rows
     _, state, _ = train(optimizer_of(DIRECTIONS["adafactor"]), 8)
-    found = {
-        name: leaf.sharding.spec
-        for name, leaf in zip(tree_names(state), jax.tree.leaves(state), strict=True)
-        if name.endswith("token_embedding/embedding")
-    }
-    whole = layout.shard_parameters(PARAMS)["text"]["token_embedding"]["embedding"].spec
-    assert tuple(whole) == ("fsdp", None)  # [vocabulary, width] is divided by its rows
-    rows, columns = (
-        next(spec for name, spec in found.items() if part in name) for part in ("v_row", "v_col")
-    )
-    assert {tuple(rows), tuple(columns)} == {("fsdp",), (None,)}
+
+    def found(parameter: str) -> dict[str, tuple[int, ...]]:
+        """Per factored moment the shape that a device holds; what is not factored has one number."""
+        moments = zip(tree_names(state), jax.tree.leaves(state), strict=True)
+        return {
+            name.split("/")[-4]: leaf.addressable_shards[0].data.shape
+            for name, leaf in moments
+            if name.endswith(parameter) and leaf.shape != (1,)
+        }
+
+    # One of the embedding's has a number per column, of which every device has all, the other one per row.
+    assert found("text/token_embedding/embedding") == {"v_row": (16,), "v_col": (4,)}
+    # Of a square the lengths do not tell which is which; both are divided.
+    assert found("text/square/kernel") == {"v_row": (2,), "v_col": (2,)}
 
 
 def test_every_group_moves_by_its_own_direction() -> None:

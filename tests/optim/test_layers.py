@@ -11,15 +11,21 @@ import optax
 import pytest
 from flax import linen as nn
 
-from tests.tiny import assert_trees_equal, experiment_of, model_config, random_batch
+from tests.tiny import assert_trees_equal, run_config
+from vlpjax.config import spec
+from vlpjax.describe import parameter_rows
 from vlpjax.durations import Durations
 from vlpjax.errors import UserError
+from vlpjax.models.coca import PooledImage, UnimodalText
 from vlpjax.models.convnet import ConvNet
+from vlpjax.models.multiway import Multiway
+from vlpjax.models.resnet import ResNet
 from vlpjax.models.text import TextTransformer
 from vlpjax.models.vit import ViT
 from vlpjax.optim.layers import LayerDecay
 from vlpjax.optim.optimizer import Optimizer, Schedule
 from vlpjax.rules import tree_names
+from vlpjax.run import Run
 
 DEPTH = 3
 LENGTH = Durations(batch_size=1, total_steps=12)
@@ -31,9 +37,13 @@ def vit(**fields: Any) -> Any:
     return {"image": shapes(ViT(**{**settings, **fields}), IMAGES)}
 
 
-def shapes(module: Any, inputs: jax.Array) -> Any:
-    """Parameters of a module, without their values."""
-    variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x), inputs)
+def shapes(module: Any, *inputs: jax.Array) -> Any:
+    """Parameters of a module that is called with each of the inputs, without their values."""
+
+    def call(module: Any, inputs: Any) -> Any:
+        return [module(x) for x in inputs]
+
+    variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, method=call), inputs)
     return jax.tree.map(lambda x: jnp.zeros(x.shape), nn.meta.unbox(variables["params"]))
 
 
@@ -96,21 +106,48 @@ def test_the_rate_falls_by_the_factor_from_layer_to_layer(scan: bool) -> None:
                 image_size=16, patch=8, width=8, depth=2, heads=2, pool="map", class_tokens=1, registers=2,
                 mask_token=True, pre_norm=True, pool_norm=True, pooler=True, layer_scale=0.1, stem="conv",
             ),
-            IMAGES,
+            (IMAGES,),
             3,
         ),
-        (TextTransformer(vocabulary=16, length=8, width=8, depth=2, heads=2, types=2, embedding_norm=True), IDS, 3),
-        (ConvNet(image_size=16, channels=(4, 4, 4), strides=(1, 2, 2), embedding=4, pool="mean"), IMAGES, 4),
+        (TextTransformer(vocabulary=16, length=8, width=8, depth=2, heads=2, types=2, embedding_norm=True), (IDS,), 3),
+        (ConvNet(image_size=16, channels=(4, 4, 4), strides=(1, 2, 2), embedding=4, pool="mean"), (IMAGES,), 4),
+        (ResNet(depths=(1, 2), width=4, embedding=4), (IMAGES,), 4),
+        (
+            Multiway(
+                image_size=16, patch=8, vocabulary=16, length=8, width=8, depth=1, joint_depth=1, heads=2, embedding=4
+            ),
+            (IMAGES, IDS),
+            3,
+        ),
+        (
+            PooledImage(
+                ViT(image_size=16, patch=8, width=8, depth=2, heads=2, pool="none"),
+                queries=2, width=8, heads=2, embedding=4,
+            ),
+            (IMAGES,),
+            3,
+        ),
+        (UnimodalText(vocabulary=16, length=8, width=8, depth=2, heads=2, embedding=4), (IDS,), 3),
     ],
-    ids=["ViT", "TextTransformer", "ConvNet"],
+    ids=lambda value: type(value).__name__,
 )  # fmt: skip
-def test_every_parameter_of_a_tower_has_exactly_one_layer(module: Any, inputs: jax.Array, last: int) -> None:
-    params = {"image": shapes(module, inputs)}
+def test_every_parameter_of_a_tower_has_exactly_one_layer(module: Any, inputs: Any, last: int) -> None:
+    params = {"image": shapes(module, *inputs)}
     layers, found = LayerDecay(0.5).layers(params, "image")
     assert sorted(layers) == sorted(tree_names(params))
     assert found == last
     first = int(isinstance(module, ConvNet))  # which has no embeddings before its first convolution
     assert {int(layer) for layer in layers.values()} == set(range(first, last + 1))
+
+
+def test_a_residual_blocks_convolutions_are_of_its_layer() -> None:
+    layers, _ = LayerDecay(0.5).layers({"image": shapes(ResNet(depths=(1, 2), width=4), IMAGES)}, "image")
+    assert {name: int(layer) for name, layer in layers.items() if name.endswith("/kernel")} == {
+        "image/stem_convolution/kernel": 0,
+        **{f"image/block_0_{part}_convolution/kernel": 1 for part in ("reduce", "mix", "expand", "shortcut")},
+        **{f"image/block_1_{part}_convolution/kernel": 2 for part in ("reduce", "mix", "expand", "shortcut")},
+        **{f"image/block_2_{part}_convolution/kernel": 3 for part in ("reduce", "mix", "expand")},
+    }
 
 
 def test_weight_decay_falls_with_the_rate() -> None:
@@ -123,14 +160,18 @@ def test_weight_decay_falls_with_the_rate() -> None:
 
 
 def test_a_run_shows_the_rates_of_its_layers() -> None:
-    """The whole way from an experiment's optimizer, with two towers of which one decays."""
-    config = model_config()
-    config.optimizer.layer_decay = {"type": "vlpjax.optim.layers:LayerDecay", "factor": 0.5}
-    experiment = experiment_of(config)
-    params = nn.meta.unbox(jax.eval_shape(experiment.initial_variables, random_batch())["params"])
-    factors = experiment.optimizer.layer_factors(params)
-    towers = {name.split("/")[0] for name, factor in factors.items() if np.any(factor != 1)}
-    assert towers == {"image"}
+    """The whole way from an experiment's config to what ``--mode=describe`` prints; one of two towers decays."""
+    config = run_config()
+    config.optimizer.layer_decay = spec(LayerDecay, factor=0.5)
+    rates = {row.name: row.rate for row in parameter_rows(Run.from_config(config))}
+    shown = {
+        name.partition("/")[2].partition("/")[0]: rate for name, rate in rates.items() if "image/" in name
+    }
+    assert shown == {
+        "patches": 0.25, "position_embedding": 0.25, "class_token": 0.25, "pre_norm": 0.25, "block_0": 0.5,
+        "final_norm": 1.0, "projection": 1.0,
+    }  # fmt: skip
+    assert {rate for name, rate in rates.items() if "image/" not in name} == {1.0}
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,7 @@ RATES = [3e-4, 1e-3]  # which Adam would take; plain momentum needs rates a hund
 
 
 def test_it_learns_to_copy_at_rates_at_which_plain_momentum_is_far_behind() -> None:
+    """The ratios move the rate that fits, no more: plain momentum does as well at rates of its own, such as 0.1."""
     ours, plain = (final_losses(direction, RATES).min() for direction in (sgd_sai(), optax.trace(0.9)))
     assert ours < 0.15
     assert ours < 0.6 * plain

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vlpjax.data.pipeline import Pipeline
 from vlpjax.errors import UserError
-from vlpjax.evaluators.base import Encoder, Evaluator, Result, Variables, encode_all, require_finite
+from vlpjax.evaluators.base import Encoder, Evaluator, Result, Variables, encode_all, require_finite, unit
 from vlpjax.experiment import Experiment
 from vlpjax.mesh import Layout
 
@@ -56,7 +57,7 @@ class Collapse(Evaluator):
 
 def spread(features: np.ndarray) -> float:
     """The mean deviation per feature of rows [N, E] brought to length one, times sqrt(E)."""
-    directions = features / (np.linalg.norm(features, axis=1, keepdims=True) + 1e-8)
+    directions = np.asarray(unit(jnp.asarray(features)), np.float64)
     return float(directions.std(axis=0).mean() * features.shape[1] ** 0.5)
 
 

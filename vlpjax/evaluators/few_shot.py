@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from vlpjax.data.pipeline import Pipeline
 from vlpjax.errors import UserError
-from vlpjax.evaluators.accuracy import accuracies, chances, class_numbers
-from vlpjax.evaluators.base import (
-    Encoder,
-    Evaluator,
-    Result,
-    Variables,
-    encode_all,
-    read_column,
-    require_finite,
-)
+from vlpjax.evaluators.labelled import Answers, Classify, Examples, FeatureClassifier, best_classes
 from vlpjax.evaluators.probing import Classifier
-from vlpjax.experiment import Experiment
 from vlpjax.mesh import Layout
 
 REGULARIZATIONS = tuple(2.0**power for power in range(-10, 21))
 
 
 @dataclass(frozen=True)
-class FewShot(Evaluator):
+class FewShot(FeatureClassifier):
     """Accuracy of ridge regression onto -1 and 1, from a few random examples per class.
 
     Features are standardised by the mean and deviation of the shots.  The regularisation is the one with the
@@ -39,23 +27,14 @@ class FewShot(Evaluator):
     arXiv 2010.11929, section 4.1.
 
     Attributes:
-      train, test: finite pipelines of labelled images; shots are drawn from ``train``.
-      shots: examples per class.
+      shots: examples per class, drawn from ``train``.
       seeds: draws of the shots that scores are the mean of.
       regularizations: what is added to the squared singular values of the shots, of which one is chosen.
-      tower: its name; ``image_field`` is what it reads, ``output`` which of its outputs is classified.
-      label: field of the batch that holds the class number.
     """
 
-    train: Pipeline | None = None
-    test: Pipeline | None = None
     shots: tuple[int, ...] = (1, 5, 10)
     seeds: tuple[int, ...] = (0, 1, 2)
     regularizations: tuple[float, ...] = REGULARIZATIONS
-    tower: str = "image"
-    image_field: str = "image"
-    output: str = "pooled"
-    label: str = "label"
 
     def __post_init__(self) -> None:
         if not self.shots or min(self.shots) < 1 or not self.seeds:
@@ -67,47 +46,25 @@ class FewShot(Evaluator):
                 f"FewShot.regularizations is {self.regularizations}; give at least one, all above 0."
             )
 
-    def make(self, experiment: Experiment, layout: Layout) -> Callable[[Variables], Result]:
-        if self.train is None or self.test is None:
-            raise UserError(
-                "FewShot needs 'train' and 'test', finite pipelines; the config leaves one of them out."
-            )
-        train, test = self.train, self.test
-        for pipeline in (train, test):
-            require_finite(pipeline, "FewShot")
-        encoder = Encoder(experiment, layout, self.tower, self.image_field, self.output, normalize=False)
+    def _classify(self, layout: Layout) -> Classify:
         take = jax.jit(lambda features, rows: features[rows], out_shardings=layout.replicated)
 
         @functools.partial(jax.jit, out_shardings=layout.replicated)
-        def best(model: Classifier, features: jax.Array) -> jax.Array:
-            logits = model(features)
-            return jax.lax.top_k(logits, min(5, logits.shape[1]))[1]
+        def rank(model: Classifier, features: jax.Array) -> jax.Array:
+            return best_classes(model(features))
 
-        def evaluate(variables: Variables) -> Result:
-            seen, unseen = (encode_all(data, {"": encoder}, variables, layout) for data in (train, test))
-            columns = (read_column(data.columns, self.label, "FewShot") for data in (seen, unseen))
-            classes, (known, asked) = class_numbers(*columns)
-            counted = unseen.columns["valid"]
-            result = Result({}, {})
-            for shots in self.shots:
-                scores = []
-                for seed in self.seeds:
-                    rows = draw_shots(known, seen.columns["valid"], shots, seed)
-                    features = np.asarray(take(seen.features[""], rows))
-                    model = fit_ridge(features, known[rows], classes, self.regularizations).classifier
-                    ranked = np.asarray(best(model, unseen.features[""]))
-                    scores.append(accuracies(ranked[counted], asked[counted]))
-                for name in scores[0]:
-                    values = [score[name] for score in scores]
-                    result.metrics[f"shots{shots}/{name}"] = float(np.mean(values))
-                    if len(values) > 1:
-                        result.metrics[f"shots{shots}/{name}_deviation"] = float(np.std(values, ddof=1))
-                result.chance.update(
-                    {f"shots{shots}/{key}": value for key, value in chances(classes).items()}
-                )
-            return result
+        def classify(known: Examples, asked: Examples, classes: int) -> Answers:
+            def ranking(shots: int, seed: int) -> np.ndarray:
+                rows = draw_shots(known.labels, known.real, shots, seed)
+                features = np.asarray(take(known.features, rows))
+                model = fit_ridge(features, known.labels[rows], classes, self.regularizations).classifier
+                return np.asarray(rank(model, asked.features))
 
-        return evaluate
+            return Answers(
+                {f"shots{shots}": [ranking(shots, seed) for seed in self.seeds] for shots in self.shots}
+            )
+
+        return classify
 
 
 def draw_shots(labels: np.ndarray, real: np.ndarray, shots: int, seed: int) -> np.ndarray:

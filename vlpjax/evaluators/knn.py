@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,27 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlpjax.data.pipeline import Pipeline
 from vlpjax.errors import UserError
-from vlpjax.evaluators.accuracy import accuracies, chances, class_numbers
-from vlpjax.evaluators.base import (
-    Encoder,
-    Evaluator,
-    Result,
-    Variables,
-    encode_all,
-    read_column,
-    require_finite,
-)
+from vlpjax.evaluators.labelled import Answers, Classify, Examples, FeatureClassifier, best_classes
 from vlpjax.evaluators.neighbors import DISTANCES, count_votes, make_nearest
-from vlpjax.experiment import Experiment
 from vlpjax.mesh import Layout
 
 VOTES = ("weighted", "majority")
 
 
 @dataclass(frozen=True)
-class KNN(Evaluator):
+class KNN(FeatureClassifier):
     """Accuracy of the vote of the k nearest training examples.
 
     The weighted vote counts a neighbour of cosine s as exp(s / temperature) ("Emerging Properties in
@@ -39,9 +27,6 @@ class KNN(Evaluator):
     classes with equal votes the one with the smallest label wins.
 
     Attributes:
-      train, test: finite pipelines of labelled images: the memory, and the queries.
-      tower: its name; ``image_field`` is what it reads, ``output`` which of its outputs is compared.
-      label: field of the batch that holds the class number.
       ks: numbers of neighbours.
       temperature: of the weighted vote.
       vote: ``"weighted"`` or ``"majority"``.
@@ -49,12 +34,6 @@ class KNN(Evaluator):
       chunk: queries that are ranked at a time.
     """
 
-    train: Pipeline | None = None
-    test: Pipeline | None = None
-    tower: str = "image"
-    image_field: str = "image"
-    output: str = "pooled"
-    label: str = "label"
     ks: tuple[int, ...] = (1, 5, 20)
     temperature: float = 0.07
     vote: str = "weighted"
@@ -75,53 +54,30 @@ class KNN(Evaluator):
         if not self.ks or min(self.ks) < 1:
             raise UserError(f"KNN.ks is {self.ks}; give at least one number of neighbours, each 1 or more.")
 
-    def make(self, experiment: Experiment, layout: Layout) -> Callable[[Variables], Result]:
-        if self.train is None or self.test is None:
+    def _classify(self, layout: Layout) -> Classify:
+        most = max(self.ks)
+        if self.train is not None and self.train.num_examples < most:
             raise UserError(
-                "KNN needs 'train' and 'test', finite pipelines; the config leaves one of them out."
+                f"KNN.ks asks for {most} neighbours, but there are {self.train.num_examples} examples."
             )
-        train, test, most = self.train, self.test, max(self.ks)
-        for pipeline in (train, test):
-            require_finite(pipeline, "KNN")
-        if train.num_examples < most:
-            raise UserError(
-                f"KNN.ks asks for {most} neighbours, but there are {train.num_examples} examples."
-            )
-        encoder = Encoder(
-            experiment, layout, self.tower, self.image_field, self.output, normalize=self.distance == "cosine"
-        )
         nearest = make_nearest(layout, most, distance=self.distance, chunk=self.chunk)
+        temperature = self.temperature if self.vote == "weighted" else None
 
-        def classify(queries: jax.Array, memory: jax.Array, real: Any, labels: Any, n: int) -> jax.Array:
-            """Classes from the best on, per k: [len(ks), N, n]."""
+        def rank(queries: jax.Array, memory: jax.Array, real: Any, labels: Any, n: int) -> jax.Array:
+            """Classes from the best on, per k: [len(ks), N, 5]; of equal votes the smallest label is first."""
             scores, places = nearest(queries, memory, real)
             found = labels[places]  # [Q, most]
-            return jnp.stack([self._ranked(scores[:, :k], found[:, :k], n) for k in self.ks])
+            votes = [count_votes(scores[:, :k], found[:, :k], n, temperature) for k in self.ks]
+            return jnp.stack([best_classes(one) for one in votes])
 
-        classify = jax.jit(classify, static_argnums=4, out_shardings=layout.replicated)
+        rank = jax.jit(rank, static_argnums=4, out_shardings=layout.replicated)
 
-        def evaluate(variables: Variables) -> Result:
-            memory = encode_all(train, {"": encoder}, variables, layout)
-            queries = encode_all(test, {"": encoder}, variables, layout)
-            columns = (memory.columns, queries.columns)
-            classes, (known, asked) = class_numbers(*(read_column(x, self.label, "KNN") for x in columns))
-            real = memory.columns["valid"]
-            if real.sum() < most:
+        def classify(known: Examples, asked: Examples, classes: int) -> Answers:
+            if known.real.sum() < most:
                 raise UserError(
-                    f"KNN.ks asks for {most} neighbours, but only {real.sum()} examples are good."
+                    f"KNN.ks asks for {most} neighbours, but only {known.real.sum()} examples are good."
                 )
-            ranked = classify(queries.features[""], memory.features[""], real, known, classes)
-            counted = queries.columns["valid"]
-            result = Result({}, {})
-            for k, order in zip(self.ks, np.asarray(ranked), strict=True):
-                scores = accuracies(order[counted], asked[counted])
-                result.metrics.update({f"k{k}/{name}": value for name, value in scores.items()})
-                result.chance.update({f"k{k}/{name}": value for name, value in chances(classes).items()})
-            return result
+            ranked = np.asarray(rank(asked.features, known.features, known.real, known.labels, classes))
+            return Answers({f"k{k}": [one] for k, one in zip(self.ks, ranked, strict=True)})
 
-        return evaluate
-
-    def _ranked(self, scores: jax.Array, found: jax.Array, classes: int) -> jax.Array:
-        """The five classes, or as many as there are, with the most votes: [Q, 5]."""
-        votes = count_votes(scores, found, classes, self.temperature if self.vote == "weighted" else None)
-        return jax.lax.top_k(votes, min(5, classes))[1]
+        return classify

@@ -6,30 +6,18 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlpjax.data.pipeline import Pipeline
 from vlpjax.errors import UserError
-from vlpjax.evaluators.accuracy import accuracies, chances, class_numbers
-from vlpjax.evaluators.base import (
-    Encoded,
-    Encoder,
-    Evaluator,
-    Result,
-    Variables,
-    encode_all,
-    read_column,
-    require_finite,
-)
+from vlpjax.evaluators.base import Encoder
+from vlpjax.evaluators.labelled import Answers, Classify, Examples, FeatureClassifier, best_classes
 from vlpjax.evaluators.probing import (
     DIRECTIONS,
     Classifier,
     Standard,
-    epochs_of_batches,
     fit_logistic,
     held_out,
     search,
@@ -42,58 +30,39 @@ from vlpjax.mesh import Layout
 SWEEP = np.logspace(-6, 6, 97)
 
 
+Fit = Callable[[Examples, int], tuple[Classifier, dict[str, float]]]
+
+
 @dataclass(frozen=True)
-class _Probe(Evaluator):
+class _Probe(FeatureClassifier):
     """What both protocols share; each says how it fits.
 
     Attributes:
-      train, test: finite pipelines of labelled images.
-      tower: its name; ``image_field`` is what it reads, ``output`` which of its outputs is classified.
-      label: field of the batch that holds the class number.
       normalize: whether features are brought to length one first.
     """
 
-    train: Pipeline | None = None
-    test: Pipeline | None = None
-    tower: str = "image"
-    image_field: str = "image"
-    output: str = "pooled"
-    label: str = "label"
     normalize: bool = False
 
-    def make(self, experiment: Experiment, layout: Layout) -> Callable[[Variables], Result]:
-        who = type(self).__name__
-        if self.train is None or self.test is None:
-            raise UserError(
-                f"{who} needs 'train' and 'test', finite pipelines; the config leaves one of them out."
-            )
-        train, test = self.train, self.test
-        for pipeline in (train, test):
-            require_finite(pipeline, who)
-        encoder = Encoder(
+    def _encoder(self, experiment: Experiment, layout: Layout) -> Encoder:
+        return Encoder(
             experiment, layout, self.tower, self.image_field, self.output, normalize=self.normalize
         )
+
+    def _classify(self, layout: Layout) -> Classify:
         fit = self._fit(layout)
 
         @functools.partial(jax.jit, out_shardings=layout.replicated)
-        def best(model: Callable[[jax.Array], jax.Array], features: jax.Array) -> jax.Array:
-            logits = model(features)
-            return jax.lax.top_k(logits, min(5, logits.shape[1]))[1]
+        def rank(model: Classifier, features: jax.Array) -> jax.Array:
+            return best_classes(model(features))
 
-        def evaluate(variables: Variables) -> Result:
-            seen, unseen = (encode_all(data, {"": encoder}, variables, layout) for data in (train, test))
-            columns = (read_column(data.columns, self.label, who) for data in (seen, unseen))
-            classes, (known, asked) = class_numbers(*columns)
-            model, found = fit(seen, known, classes)
-            ranked = np.asarray(best(model, unseen.features[""]))
-            counted = unseen.columns["valid"]
-            metrics = accuracies(ranked[counted], asked[counted]) | found
-            return Result(metrics, chances(classes))
+        def classify(known: Examples, asked: Examples, classes: int) -> Answers:
+            model, metrics = fit(known, classes)
+            return Answers({"": [np.asarray(rank(model, asked.features))]}, metrics)
 
-        return evaluate
+        return classify
 
-    def _fit(self, layout: Layout) -> Callable[[Encoded, np.ndarray, int], tuple[Any, dict[str, float]]]:
-        """A function from (data, class numbers [N], number of classes) to a classifier and further metrics."""
+    def _fit(self, layout: Layout) -> Fit:
+        """A function from what is known and the number of classes to a classifier and further metrics."""
         raise TypeError(f"{type(self).__name__} is a probe and must define _fit.")
 
 
@@ -122,7 +91,7 @@ class LinearProbe(_Probe):
         if not 0 < self.held_out < 1:
             raise UserError(f"LinearProbe.held_out is {self.held_out}; it is a share between 0 and 1.")
 
-    def _fit(self, layout: Layout) -> Callable[[Encoded, np.ndarray, int], tuple[Any, dict[str, float]]]:
+    def _fit(self, layout: Layout) -> Fit:
         solve = jax.jit(
             functools.partial(fit_logistic, iterations=self.iterations),
             static_argnames="classes",
@@ -132,8 +101,8 @@ class LinearProbe(_Probe):
             lambda model, x, y: jnp.argmax(model(x), axis=1) == y, out_shardings=layout.replicated
         )
 
-        def fit(data: Encoded, labels: np.ndarray, classes: int) -> tuple[Classifier, dict[str, float]]:
-            features, real = data.features[""], data.columns["valid"]
+        def fit(known: Examples, classes: int) -> tuple[Classifier, dict[str, float]]:
+            features, labels, real = known
             regularization = self.regularization
             if regularization is None:
                 chosen = held_out(labels, real, self.held_out, self.seed)
@@ -193,7 +162,7 @@ class TrainedProbe(_Probe):
                 f"batch_size={self.batch_size}; the warm-up is shorter than the training, and batches are not empty."
             )
 
-    def _fit(self, layout: Layout) -> Callable[[Encoded, np.ndarray, int], tuple[Any, dict[str, float]]]:
+    def _fit(self, layout: Layout) -> Fit:
         train = jax.jit(
             functools.partial(
                 train_classifier,
@@ -201,16 +170,17 @@ class TrainedProbe(_Probe):
                 batch_norm=self.batch_norm,
                 seed=self.seed,
             ),
-            static_argnames="classes",
+            static_argnames=("classes", "batch_size"),
             out_shardings=layout.replicated,
         )
         statistics = jax.jit(Standard.of, out_shardings=layout.replicated)
 
-        def fit(data: Encoded, labels: np.ndarray, classes: int) -> tuple[Any, dict[str, float]]:
-            features, real = data.features[""], data.columns["valid"]
-            size = min(self.batch_size, int(real.sum()))
-            order = epochs_of_batches(np.flatnonzero(real), self.epochs, size, self.seed)
-            model = train(features, labels, order, rates=self.rates(len(order), size), classes=classes)
+        def fit(known: Examples, classes: int) -> tuple[Classifier, dict[str, float]]:
+            features, labels, real = known
+            rows = np.flatnonzero(real).astype(np.int32)
+            size = min(self.batch_size, len(rows))
+            rates = self.rates(len(rows) // size, size)
+            model = train(features, labels, rows, rates, batch_size=size, classes=classes)
             if self.batch_norm:
                 model = folded(model, statistics(features, real.astype(np.float32)))
             return model, {}
@@ -218,12 +188,14 @@ class TrainedProbe(_Probe):
         return fit
 
     def rates(self, steps: int, batch_size: int) -> np.ndarray:
-        """The learning rate of every step."""
-        warmup = steps * self.warmup_epochs // self.epochs
-        step = np.arange(steps)
-        done = np.clip((step - warmup) / max(steps - warmup, 1), 0, 1)
+        """The learning rate of every step, [epochs, steps of an epoch]."""
+        total = self.epochs * steps
+        warmup = steps * self.warmup_epochs
+        step = np.arange(total)
+        done = np.clip((step - warmup) / max(total - warmup, 1), 0, 1)
         factor = np.minimum(1.0, (step + 1) / max(warmup, 1)) * 0.5 * (1 + np.cos(math.pi * done))
-        return (self.learning_rate * batch_size / 256 * factor).astype(np.float32)
+        rates = self.learning_rate * batch_size / 256 * factor
+        return rates.astype(np.float32).reshape(self.epochs, steps)
 
 
 def folded(model: Classifier, standard: Standard) -> Classifier:

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.errors import UserError
+from vlpjax.evaluators.base import unit
 from vlpjax.mesh import Layout, constrain
 from vlpjax.parallel.ranking import Best, merge_best, nothing_yet, take_best
 
@@ -62,7 +63,7 @@ def make_nearest(
     def nearest(queries: jax.Array, memory: jax.Array, real: jax.Array) -> Best:
         with layout.activate():
             if distance == "cosine":
-                queries, memory = _directions(queries), _directions(memory)
+                queries, memory = unit(queries), unit(memory)
             count, padding = queries.shape[0], -queries.shape[0] % chunk
             chunks = jnp.pad(queries, ((0, padding), (0, 0))).reshape(-1, chunk, queries.shape[1])
             scores, places = jax.lax.map(
@@ -114,7 +115,3 @@ def _best_of_blocks(
         return merge_best(best, scores, start), None
 
     return jax.lax.scan(merge, nothing_yet(query.shape[0], k), (blocks, valid, starts))[0]
-
-
-def _directions(x: jax.Array) -> jax.Array:
-    return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,17 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlpjax.config import suggest
 from vlpjax.data.pipeline import Pipeline
 from vlpjax.errors import UserError
-from vlpjax.evaluators.base import (
-    Encoder,
-    Evaluator,
-    Result,
-    Variables,
-    finite_batches,
-    require_finite,
-    to_host,
-)
+from vlpjax.evaluators.accuracy import class_numbers, mean_per_class
+from vlpjax.evaluators.base import Encoder, Evaluator, Result, Variables, encode_all, require_finite
 from vlpjax.experiment import Experiment
 from vlpjax.mesh import Layout
 
@@ -63,37 +58,33 @@ class MultipleChoice(Evaluator):
             )
         pipeline = self.data
         require_finite(pipeline, "MultipleChoice")
+        if self.group and self.group not in (first := pipeline.source[0]):
+            raise UserError(f"MultipleChoice.group is {self.group!r}{suggest(self.group, first)}.")
+        encoders = {choice: Encoder(experiment, layout, self.text, choice) for choice in self.choices}
         images = Encoder(experiment, layout, self.image, self.image_field)
-        texts = [Encoder(experiment, layout, self.text, choice) for choice in self.choices]
-        groups = (
-            [str(pipeline.source[i][self.group]) for i in range(len(pipeline.source))] if self.group else []
-        )
 
-        @jax.jit
+        @functools.partial(jax.jit, out_shardings=layout.replicated)
         def is_right(image: jax.Array, captions: list[jax.Array]) -> jax.Array:
             right, *wrong = [jnp.sum(image * caption, axis=-1) for caption in captions]
-            return right > jnp.max(jnp.stack(wrong), axis=0)  # [B]
+            return right > jnp.max(jnp.stack(wrong), axis=0)  # [N]
+
+        @functools.cache  # the data are the same at every evaluation
+        def group_of(index: int) -> str:
+            return str(pipeline.source[index][self.group])
 
         def evaluate(variables: Variables) -> Result:
-            hits, rows = [], []
-            for batch in finite_batches(pipeline, layout):
-                found = is_right(images(variables, batch), [text(variables, batch) for text in texts])
-                real = to_host(batch["valid"], layout)
-                hits.append(to_host(found, layout)[real])
-                rows.append(to_host(batch["index"], layout)[real])
-            hit, row = np.concatenate(hits), np.concatenate(rows)
+            z, columns = encode_all(pipeline, {**encoders, "": images}, variables, layout)
+            real = columns["valid"]
+            hit = np.asarray(is_right(z[""], [z[choice] for choice in self.choices]))[real]
             chance = 1 / len(self.choices)
             result = Result({"accuracy": float(np.mean(hit))}, {"accuracy": chance})
-            if groups:
-                kinds, place, counts = np.unique(
-                    [groups[index] for index in row], return_inverse=True, return_counts=True
-                )
-                kept = [kind for kind in range(len(kinds)) if counts[kind] >= self.least]
-                if not kept:
+            if self.group:
+                names = np.array([group_of(int(index)) for index in columns["index"][real]])
+                groups, (numbers,) = class_numbers(names)
+                large = np.bincount(numbers, minlength=groups)[numbers] >= self.least
+                if not large.any():
                     raise UserError(f"MultipleChoice.least is {self.least}, which no {self.group} reaches.")
-                result.metrics["macro_accuracy"] = float(
-                    np.mean([np.mean(hit[place == kind]) for kind in kept])
-                )
+                result.metrics["macro_accuracy"] = mean_per_class(hit[large], numbers[large])
                 result.chance["macro_accuracy"] = chance
             return result
 

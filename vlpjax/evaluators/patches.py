@@ -7,26 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vlpjax.data.pipeline import Pipeline
 from vlpjax.errors import UserError
-from vlpjax.evaluators.base import Evaluator, Result, Variables, finite_batches, require_finite, to_host
+from vlpjax.evaluators.base import (
+    Encoder,
+    Evaluator,
+    Result,
+    Variables,
+    encode_all,
+    read_column,
+    require_finite,
+    to_host,
+)
+from vlpjax.evaluators.segmentation import label_counts, patch_side
 from vlpjax.experiment import Experiment
 from vlpjax.mesh import Layout
 from vlpjax.models.positions_2d import resize_matrix
 
 THRESHOLDS = tuple(float(value) for value in np.round(np.arange(-0.95, 1.0, 0.05), 2))
+Images = Iterator[tuple[np.ndarray, np.ndarray]]  # unit features of patches [N, D], and objects [H, W]
 
 
-def unit_features(tokens: np.ndarray) -> np.ndarray:
-    """Tokens [..., D] of length one, in float64."""
-    tokens = np.asarray(tokens, np.float64)
-    return tokens / np.maximum(np.linalg.norm(tokens, axis=-1, keepdims=True), 1e-12)
+def grid_of(patches: int, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of so many square patches that cover an image of this shape."""
+    side = patch_side(patches, shape)
+    return shape[0] // side, shape[1] // side
 
 
 def prompt_patch(member: np.ndarray, grid: tuple[int, int]) -> int:
@@ -60,17 +68,14 @@ def intersection_over_union(found: np.ndarray, member: np.ndarray) -> float:
     return float(np.sum(found & member) / max(np.sum(found | member), 1))
 
 
-def patch_objects(objects: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """int [N]: the object that covers most of each patch, and -1 where none, and no ground either, covers half."""
-    rows, columns = objects.shape[0] // grid[0], objects.shape[1] // grid[1]
-    cut = objects[: rows * grid[0], : columns * grid[1]].reshape(grid[0], rows, grid[1], columns)
-    cells = cut.transpose(0, 2, 1, 3).reshape(grid[0] * grid[1], rows * columns)
-    owners = np.full(len(cells), -1)
-    for patch, cell in enumerate(cells):
-        names, counts = np.unique(cell, return_counts=True)
-        if counts.max() * 2 >= cell.size:
-            owners[patch] = names[np.argmax(counts)]
-    return owners
+def patch_objects(objects: np.ndarray, patches: int) -> np.ndarray:
+    """int [patches]: the object, or the ground, that covers half of a patch or more, and -1 where none does.
+
+    Args:
+      objects: int [H, W].
+    """
+    counts = label_counts(objects, patches, classes=1 + int(objects.max()))
+    return np.where(2 * counts.max(axis=1) >= counts.sum(axis=1), counts.argmax(axis=1), -1)
 
 
 def pair_similarities(features: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -87,11 +92,9 @@ def pair_similarities(features: np.ndarray, owners: np.ndarray) -> tuple[np.ndar
     return cosines[same & upper], cosines[~same & upper]
 
 
-def histogram_overlap(first: np.ndarray, second: np.ndarray, bins: int = 100) -> float:
-    """Sum over bins of the smaller share, with bins of equal width on [-1, 1]: 0 is apart, 1 is equal."""
-    edges = np.linspace(-1.0, 1.0, bins + 1)
-    shares = [np.histogram(np.clip(x, -1, 1), edges)[0] / max(len(x), 1) for x in (first, second)]
-    return float(np.minimum(*shares).sum())
+def histogram_overlap(first: np.ndarray, second: np.ndarray) -> float:
+    """Sum over bins of the smaller share of two histograms of counts: 0 is apart, 1 is equal."""
+    return float(np.minimum(first / first.sum(), second / second.sum()).sum())
 
 
 @dataclass(frozen=True)
@@ -100,16 +103,16 @@ class PatchEvaluator(Evaluator):
 
     Attributes:
       data: a finite pipeline.
-      objects: field with the map of objects, int [H, W].
-      tower, image: name of the tower, and the field that it reads.
-      grid: rows and columns of its patches.
+      tower: its name; ``image_field`` is what it reads.
+      output: features of patches [B, N, D], row by row over the image.
+      objects: field of the batch with the map of objects, int32 [H, W] of the image's size.
     """
 
     data: Pipeline | None = None
-    objects: str = "objects"
     tower: str = "image"
-    image: str = "image"
-    grid: tuple[int, int] = (14, 14)
+    image_field: str = "image"
+    output: str = "tokens"
+    objects: str = "objects"
 
     def make(self, experiment: Experiment, layout: Layout) -> Callable[[Variables], Result]:
         name = type(self).__name__
@@ -119,36 +122,23 @@ class PatchEvaluator(Evaluator):
             )
         pipeline = self.data
         require_finite(pipeline, name)
-        if self.tower not in experiment.towers:
-            raise UserError(
-                f"{name} names the tower {self.tower!r}; there are {', '.join(experiment.towers)}."
-            )
+        encoder = Encoder(experiment, layout, self.tower, self.image_field, self.output)
 
-        @jax.jit
-        def encode(variables: Variables, images: jax.Array) -> jax.Array:
-            with layout.activate():
-                outputs: Any = experiment.towers.apply(
-                    variables, method=lambda towers: towers.call(self.tower, images)
+        def images(variables: Variables) -> Images:
+            encoded = encode_all(pipeline, {"": encoder}, variables, layout, (self.objects,))
+            features, objects = encoded.features[""], read_column(encoded.columns, self.objects, name)
+            if features.ndim != 3:
+                raise UserError(
+                    f"{name}.output is {self.output!r}, which holds no features of patches [B, N, D]."
                 )
-            return outputs["tokens"].astype(jnp.float32)  # [B, N, D]
-
-        def images(variables: Variables) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for batch in finite_batches(pipeline, layout):
-                if missing := [field for field in (self.image, self.objects) if field not in batch]:
-                    raise UserError(
-                        f"{name} reads the field {missing[0]!r}; the batch has {', '.join(batch)}."
-                    )
-                tokens = to_host(encode(variables, batch[self.image]), layout)
-                if tokens.shape[1] != self.grid[0] * self.grid[1]:
-                    raise UserError(
-                        f"{name}.grid is {self.grid}, but the tower has {tokens.shape[1]} patches."
-                    )
-                objects, real = to_host(batch[self.objects], layout), to_host(batch["valid"], layout)
-                yield from zip(unit_features(tokens[real]), objects[real], strict=True)
+            for start in range(0, len(objects), pipeline.batch_size):  # not all tokens at once on the host
+                part = slice(start, start + pipeline.batch_size)
+                real = encoded.columns["valid"][part]
+                yield from zip(to_host(features[part], layout)[real], objects[part][real], strict=True)
 
         return lambda variables: self.measure(images(variables))
 
-    def measure(self, images: Iterator[tuple[np.ndarray, np.ndarray]]) -> Result:
+    def measure(self, images: Images) -> Result:
         """The result of unit features [N, D] and objects [H, W], image by image."""
         raise TypeError(f"{type(self).__name__} is a patch evaluator and must define measure.")
 
@@ -168,14 +158,14 @@ class PromptSegmentation(PatchEvaluator):
     threshold: float | None = None
     calibration: int = 64
 
-    def measure(self, images: Iterator[tuple[np.ndarray, np.ndarray]]) -> Result:
+    def measure(self, images: Images) -> Result:
         candidates = np.array(THRESHOLDS if self.threshold is None else (self.threshold,))
         rows = []
         for features, objects in images:
+            grid = grid_of(len(features), objects.shape)
             for name in np.unique(objects[objects > 0]):
                 member = objects == name
-                prompt = prompt_patch(member, self.grid)
-                scores = prompt_scores(features, prompt, self.grid, member.shape)
+                scores = prompt_scores(features, prompt_patch(member, grid), grid, member.shape)
                 rows.append([intersection_over_union(scores > value, member) for value in candidates])
         table = np.array(rows)  # [objects, thresholds]
         first = self.calibration if self.threshold is None else 0
@@ -192,19 +182,25 @@ class ObjectOverlap(PatchEvaluator):
     """How much similarities within objects look like those between objects of an image: lower is better.
 
     Attributes:
-      bins: of the histograms.
+      bins: of the histograms, of equal width on [-1, 1].
 
     Source: "Masked Momentum Contrastive Learning for Zero-shot Semantic Understanding", arXiv 2308.11448.
     """
 
     bins: int = 100
 
-    def measure(self, images: Iterator[tuple[np.ndarray, np.ndarray]]) -> Result:
-        pairs = [
-            pair_similarities(features, patch_objects(objects, self.grid)) for features, objects in images
-        ]
-        intra, inter = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
-        if not len(intra) or not len(inter):
+    def measure(self, images: Images) -> Result:
+        edges = np.linspace(-1.0, 1.0, self.bins + 1)
+        histograms = np.zeros((2, self.bins), np.int64)  # within objects, and between them
+        sums = np.zeros(2)
+        for features, objects in images:
+            pairs = pair_similarities(features, patch_objects(objects, len(features)))
+            for kind, cosines in enumerate(pairs):
+                histograms[kind] += np.histogram(np.clip(cosines, -1, 1), edges)[0]
+                sums[kind] += cosines.sum(dtype=np.float64)
+        counts = histograms.sum(axis=1)
+        if not counts.all():
             raise UserError("ObjectOverlap found no image with two objects of at least two patches.")
-        overlap = histogram_overlap(intra, inter, self.bins)
-        return Result({"overlap": overlap, "intra": float(intra.mean()), "inter": float(inter.mean())})
+        intra, inter = sums / counts
+        overlap = histogram_overlap(*histograms)
+        return Result({"overlap": overlap, "intra": float(intra), "inter": float(inter)})

@@ -28,6 +28,7 @@ from vlpjax.evaluators.base import (
 from vlpjax.experiment import Experiment
 from vlpjax.mesh import Layout
 from vlpjax.objectives.base import Context, fold_name
+from vlpjax.rules import tree_names
 
 KINDS = ("original", "masked", "reconstructed")  # in the order in which they are shown
 Images = Float[Array, "batch height width channels"]
@@ -127,7 +128,10 @@ class AttentionMaps(Evaluator):
                     variables, method=lambda towers: towers.call(self.tower, images, attention=(self.layer,))
                 )
             prefix = outputs["prefix"].shape[1] if "prefix" in outputs else 0
-            return looked_at(outputs["attention"][self.layer], prefix)
+            parameters = tree_names(variables["params"][self.tower])
+            # Registers are in the prefix too, behind the class tokens.
+            by_class = any(name.split("/")[-1] == "class_token" for name in parameters)
+            return looked_at(outputs["attention"][self.layer], prefix, by_class)
 
         def evaluate(variables: Variables) -> Result:
             batch = next(iter(finite_batches(data, layout)))
@@ -143,10 +147,17 @@ class AttentionMaps(Evaluator):
         return evaluate
 
 
-def looked_at(weights: Float[Array, "batch heads tokens keys"], prefix: int) -> Float[Array, "batch patches"]:
-    """Attention to the patches, summing to 1: of the first token of the prefix, or on average over all patches."""
+def looked_at(
+    weights: Float[Array, "batch heads tokens keys"], prefix: int, by_class: bool
+) -> Float[Array, "batch patches"]:
+    """Attention to the patches, summing to 1, of the first token or of all patches on average.
+
+    Args:
+      prefix: tokens that stand before the patches.
+      by_class: whether the first token is a class token, and is the one that looks.
+    """
     heads = weights.astype(jnp.float32).mean(axis=1)
-    rows = heads[:, 0] if prefix else heads.mean(axis=1)
+    rows = heads[:, 0] if by_class else heads[:, prefix:].mean(axis=1)
     patches = rows[:, prefix:]
     return patches / jnp.sum(patches, axis=1, keepdims=True)
 

@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from vlpjax.optim.lars import lars
+from vlpjax.optim.sgd import sgd
 
 
 class Classifier(NamedTuple):
@@ -128,29 +129,31 @@ class Standard(NamedTuple):
 def train_classifier(
     features: Float[Array, "examples features"],
     labels: Int[Array, examples],
-    order: Int[Array, "steps batch"],
+    rows: Int[Array, chosen],
+    rates: Float[Array, "epochs steps"],
     *,
+    batch_size: int,
     classes: int,
     direction: optax.GradientTransformation,
-    rates: Float[Array, steps],
     batch_norm: bool,
     seed: int,
 ) -> Classifier:
     """A linear classifier, trained on batches of features that BatchNorm (without scale and bias) standardises.
 
     Args:
-      order: the examples of every step.
-      direction: an optax direction.
+      rows: of the examples that are trained on.
       rates: the learning rate of every step.
+      batch_size: examples of a step.
+      direction: an optax direction.
       batch_norm: whether features are standardised, by the statistics of their batch.
-      seed: of the initial kernel, from a truncated normal distribution with a deviation of 0.01.
+      seed: of the order of every epoch, and of the initial kernel, from a truncated normal distribution with a
+        deviation of 0.01.
 
     Returns:
       the classifier of standardised features (see :class:`Standard`).
     """
-    initial = 0.01 * jax.random.truncated_normal(
-        jax.random.key(seed), -2.0, 2.0, (features.shape[1], classes)
-    )
+    start, orders = jax.random.split(jax.random.key(seed))
+    initial = 0.01 * jax.random.truncated_normal(start, -2.0, 2.0, (features.shape[1], classes))
     model = Classifier(initial, jnp.zeros((classes,)))
 
     def loss(model: Classifier, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -160,23 +163,27 @@ def train_classifier(
 
     def step(carry: tuple[Classifier, Any], item: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         model, state = carry
-        rows, rate = item
-        grads = jax.grad(loss)(model, features[rows], labels[rows])
+        chosen, rate = item
+        grads = jax.grad(loss)(model, features[chosen], labels[chosen])
         updates, state = direction.update(grads, state, model)
         return (jax.tree.map(lambda p, u: p - rate * u, model, updates), state), None
 
-    return jax.lax.scan(step, (model, direction.init(model)), (order, rates))[0][0]
+    def epoch(carry: tuple[Classifier, Any], item: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        key, rates = item
+        return jax.lax.scan(step, carry, (shuffled_batches(key, rows, batch_size), rates))
+
+    # Only one epoch's order stands on a device at a time; that of a whole training would be hundreds of megabytes.
+    keys = jax.random.split(orders, len(rates))
+    return jax.lax.scan(epoch, (model, direction.init(model)), (keys, rates))[0][0]
+
+
+def shuffled_batches(key: jax.Array, rows: Int[Array, rows], batch_size: int) -> Int[Array, "steps batch"]:
+    """All rows in random order, without those of the last, smaller batch."""
+    steps = len(rows) // batch_size
+    return jax.random.permutation(key, rows)[: steps * batch_size].reshape(steps, batch_size)
 
 
 DIRECTIONS: dict[str, Callable[[float, float], optax.GradientTransformation]] = {
     "lars": lambda momentum, decay: lars(decay, 1e-3, momentum, (("kernel", True), ("bias", False))),
-    "sgd": lambda momentum, decay: optax.chain(optax.add_decayed_weights(decay), optax.trace(momentum)),
+    "sgd": sgd,
 }
-
-
-def epochs_of_batches(rows: np.ndarray, epochs: int, batch_size: int, seed: int) -> np.ndarray:
-    """int32 [steps, batch]: every epoch in an order of its own, without the last, smaller batch."""
-    rng = np.random.default_rng(seed)
-    count = len(rows) // batch_size * batch_size
-    orders = [rng.permutation(rows)[:count].reshape(-1, batch_size) for _ in range(epochs)]
-    return np.concatenate(orders).astype(np.int32)

@@ -176,7 +176,8 @@ def make_ranking(layout: Layout, chunk: int) -> Callable[..., tuple[jax.Array, j
 
             def rank_chunk(item: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
                 query, group = item
-                scores = constrain(constrain(query, None, None) @ candidates.T, None, "frames")  # [c, N]
+                scores = jnp.matmul(constrain(query, None, None), candidates.T, precision="highest")
+                scores = constrain(scores, None, "frames")  # [c, N]
                 scores = jnp.where(real[None], scores, -jnp.inf)
                 right = (group[:, None] == groups[None]) & real[None]
                 best_right = jnp.max(jnp.where(right, scores, -jnp.inf), axis=1, keepdims=True)

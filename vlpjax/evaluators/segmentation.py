@@ -4,30 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlpjax.data.pipeline import Pipeline
 from vlpjax.errors import UserError
-from vlpjax.evaluators.base import (
-    Encoder,
-    Evaluator,
-    Result,
-    Variables,
-    encode_all,
-    read_column,
-    require_finite,
-)
+from vlpjax.evaluators.base import Result
+from vlpjax.evaluators.labelled import Examples, LabelledEvaluator
 from vlpjax.evaluators.neighbors import count_votes, make_nearest
-from vlpjax.experiment import Experiment
 from vlpjax.mesh import Layout
 
 
 @dataclass(frozen=True)
-class PatchSegmentation(Evaluator):
+class PatchSegmentation(LabelledEvaluator):
     """Mean intersection over union of label maps that neighbours among patches predict.
 
     The memory holds patches of ``train`` with the commonest label of their pixels.  A patch of ``test`` takes the
@@ -35,66 +26,57 @@ class PatchSegmentation(Evaluator):
     "Towards In-context Scene Understanding", arXiv 2306.01667, with the vote of :class:`vlpjax.evaluators.knn.KNN`.)
 
     Attributes:
-      train, test: finite pipelines with images and label maps, int32 [H, W] of the image's size.
-      tower: its name; ``image_field`` is what it reads.
       output: features of patches [B, N, D], row by row over the image.
-      label_map: field of the batch that holds the label maps; labels count from 0.
+      label: field of the batch that holds the label maps, int32 [H, W] of the image's size; labels count from 0.
+      ignore: the label of pixels that count nowhere (255 in VOC and ADE20K); None counts all.
       k, temperature: of the vote; see :class:`vlpjax.evaluators.knn.KNN`.
       memory: at most so many patches are remembered, evenly spread over those of ``train``.
     """
 
-    train: Pipeline | None = None
-    test: Pipeline | None = None
-    tower: str = "image"
-    image_field: str = "image"
+    label_fields: ClassVar[bool] = True
+
     output: str = "tokens"
-    label_map: str = "label_map"
+    label: str = "label_map"
+    ignore: int | None = None
     k: int = 20
     temperature: float = 0.07
     memory: int = 65536
 
-    def make(self, experiment: Experiment, layout: Layout) -> Callable[[Variables], Result]:
-        if self.train is None or self.test is None:
-            raise UserError(
-                "PatchSegmentation needs 'train' and 'test', finite pipelines; the config leaves one of them out."
-            )
-        train, test, fields = self.train, self.test, (self.label_map,)
-        for pipeline in (train, test):
-            require_finite(pipeline, "PatchSegmentation")
-        encoder = Encoder(experiment, layout, self.tower, self.image_field, self.output)
+    def _judge(self, layout: Layout) -> Callable[[Examples, Examples], Result]:
         nearest = make_nearest(layout, self.k)
+        remember: Any = jax.jit(
+            lambda features, rows: features.reshape(-1, features.shape[-1])[rows],
+            out_shardings=layout.sharding("frames", None),
+        )
 
         def predict(queries: jax.Array, memory: jax.Array, real: Any, labels: Any, classes: int) -> jax.Array:
             """The label of every patch, [Q N]."""
-            width = memory.shape[-1]
-            scores, places = nearest(queries.reshape(-1, width), memory.reshape(-1, width), real)
+            scores, places = nearest(queries.reshape(-1, queries.shape[-1]), memory, real)
             return jnp.argmax(count_votes(scores, labels[places], classes, self.temperature), axis=1)
 
         predict_all: Any = jax.jit(predict, static_argnums=4, out_shardings=layout.replicated)
 
-        def evaluate(variables: Variables) -> Result:
-            seen, unseen = (
-                encode_all(data, {"": encoder}, variables, layout, fields) for data in (train, test)
-            )
-            if seen.features[""].ndim != 3:
+        def judge(known: Examples, asked: Examples) -> Result:
+            if known.features.ndim != 3:
                 raise UserError(
                     f"PatchSegmentation.output is {self.output!r}, which holds no features of patches [B, N, D]."
                 )
-            known, maps = (
-                read_column(data.columns, self.label_map, "PatchSegmentation") for data in (seen, unseen)
-            )
-            classes = 1 + int(max(known.max(), maps.max()))
-            patches = seen.features[""].shape[1]
-            labels = patch_labels(known, patches, classes).ravel()
-            real = evenly(np.repeat(seen.columns["valid"], patches), self.memory)
-            if real.sum() < self.k:
-                raise UserError(f"PatchSegmentation.k is {self.k}, but the memory has {real.sum()} patches.")
-            found = np.asarray(predict_all(unseen.features[""], seen.features[""], real, labels, classes))
-            counted = unseen.columns["valid"]
-            whole = spread_out(found.reshape(-1, patches), maps.shape[1:])
-            return Result(overlap(whole[counted], maps[counted], classes))
+            patches = known.features.shape[1]
+            maps = (known.labels, asked.labels)
+            classes = 1 + max(int(x.max(where=is_counted(x, self.ignore), initial=0)) for x in maps)
+            labels = patch_labels(known.labels, patches, classes, self.ignore).ravel()
+            chosen = evenly(np.repeat(known.real, patches) & (labels >= 0), self.memory)
+            if len(chosen) < self.k:
+                raise UserError(f"PatchSegmentation.k is {self.k}, but the memory has {len(chosen)} patches.")
+            # Every device holds equally many rows of the memory.
+            rows = np.pad(chosen, (0, -len(chosen) % layout.mesh.size))
+            real = np.arange(len(rows)) < len(chosen)
+            memory = remember(known.features, rows)
+            found = np.asarray(predict_all(asked.features, memory, real, labels[rows], classes))
+            whole = spread_out(found.reshape(asked.features.shape[:2]), asked.labels.shape[1:])
+            return Result(overlap(whole[asked.real], asked.labels[asked.real], classes, self.ignore))
 
-        return evaluate
+        return judge
 
 
 def patch_side(patches: int, shape: tuple[int, ...]) -> int:
@@ -105,25 +87,41 @@ def patch_side(patches: int, shape: tuple[int, ...]) -> int:
     """
     side = round((shape[0] * shape[1] / patches) ** 0.5)
     if side < 1 or shape[0] % side or shape[1] % side or (shape[0] // side) * (shape[1] // side) != patches:
-        raise UserError(
-            f"{patches} patches do not cover a label map of {shape[0]} x {shape[1]} pixels evenly."
-        )
+        raise UserError(f"{patches} patches do not cover an image of {shape[0]} x {shape[1]} pixels evenly.")
     return side
 
 
-def patch_labels(maps: np.ndarray, patches: int, classes: int) -> np.ndarray:
-    """The commonest label in every patch, [N, patches]; of equally common ones the smallest.
+def label_counts(label_map: np.ndarray, patches: int, classes: int, ignore: int | None = None) -> np.ndarray:
+    """How many pixels of each label a patch has, int [patches, classes].
+
+    Args:
+      label_map: int [H, W], with labels from 0 on.
+      ignore: a label that is not counted.
+    """
+    side = patch_side(patches, label_map.shape)
+    height, width = label_map.shape
+    rows, columns = np.arange(height)[:, None] // side, np.arange(width) // side
+    places = (rows * (width // side) + columns) * classes + label_map
+    counted = places[is_counted(label_map, ignore)]
+    return np.bincount(counted, minlength=patches * classes).reshape(patches, classes)
+
+
+def is_counted(labels: np.ndarray, ignore: int | None) -> np.ndarray:
+    """bool, in the shape of the labels: which of them are not ``ignore``."""
+    return np.ones(labels.shape, bool) if ignore is None else labels != ignore
+
+
+def patch_labels(maps: np.ndarray, patches: int, classes: int, ignore: int | None = None) -> np.ndarray:
+    """The commonest label in every patch, int32 [N, patches]; of equally common ones the smallest; -1 if none counts.
 
     Args:
       maps: int [N, H, W].
     """
-    side = patch_side(patches, maps.shape[1:])
-    count, height, width = maps.shape
-    cut = maps.reshape(count, height // side, side, width // side, side).swapaxes(2, 3)
-    pixels = cut.reshape(count * patches, side * side)
-    votes = np.zeros((len(pixels), classes), np.int32)
-    np.add.at(votes, (np.arange(len(pixels))[:, None], pixels), 1)
-    return votes.argmax(axis=1).reshape(count, patches).astype(np.int32)
+    labels = np.empty((len(maps), patches), np.int32)
+    for index, label_map in enumerate(maps):
+        counts = label_counts(label_map, patches, classes, ignore)
+        labels[index] = np.where(counts.any(axis=1), counts.argmax(axis=1), -1)
+    return labels
 
 
 def spread_out(labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -133,23 +131,24 @@ def spread_out(labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return grid.repeat(side, axis=1).repeat(side, axis=2)
 
 
-def overlap(found: np.ndarray, truth: np.ndarray, classes: int) -> dict[str, float]:
+def overlap(
+    found: np.ndarray, truth: np.ndarray, classes: int, ignore: int | None = None
+) -> dict[str, float]:
     """Mean intersection over union of the classes that occur in either, and the share of right pixels.
 
     Args:
       found, truth: int, of any one shape.
+      ignore: pixels with this true label count nowhere.
     """
-    table = np.bincount(truth.ravel() * classes + found.ravel(), minlength=classes**2).reshape(
-        classes, classes
-    )
+    counted = is_counted(truth, ignore)
+    pairs = truth[counted] * classes + found[counted]
+    table = np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
     right, union = np.diag(table), table.sum(axis=0) + table.sum(axis=1) - np.diag(table)
     shares = right[union > 0] / union[union > 0]
     return {"mean_iou": float(shares.mean()), "pixel_accuracy": float(right.sum() / table.sum())}
 
 
 def evenly(real: np.ndarray, most: int) -> np.ndarray:
-    """bool [N]: at most so many of the real rows, evenly spread."""
+    """The places of at most so many of the real rows, evenly spread."""
     rows = np.flatnonzero(real)
-    kept = np.zeros(len(real), bool)
-    kept[rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]] = True
-    return kept
+    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]

@@ -22,6 +22,7 @@ from vlpjax.evaluators.base import (
     Variables,
     encode_all,
     require_finite,
+    unit,
 )
 from vlpjax.experiment import Experiment
 from vlpjax.mesh import Layout
@@ -69,11 +70,11 @@ class ZeroShot(Evaluator):
         def combine(parts: list[jax.Array]) -> jax.Array:
             z = jnp.concatenate(parts)[: len(names) * len(self.templates)]
             z = z.reshape(len(names), len(self.templates), -1).mean(axis=1)  # [classes, E]
-            return z / (jnp.linalg.norm(z, axis=-1, keepdims=True) + 1e-8)
+            return unit(z)
 
         @functools.partial(jax.jit, out_shardings=layout.replicated)
         def predict(z: jax.Array, classifier: jax.Array) -> jax.Array:
-            return jax.lax.top_k(z @ classifier.T, most)[1]  # [B, most]
+            return jax.lax.top_k(jnp.matmul(z, classifier.T, precision="highest"), most)[1]  # [B, most]
 
         def evaluate(variables: Variables) -> Result:
             encoded = [texts(variables, {"text": jax.device_put(ids, sharding)}) for ids in prompts]

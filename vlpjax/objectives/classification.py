@@ -18,6 +18,8 @@ from vlpjax.objectives.base import Context, Loss, Objective
 class Classification(Objective):
     """Cross-entropy of a linear classifier on a tower's features.
 
+    A label that is no number of a class makes the loss NaN, with which a run ends: the compiled step cannot raise.
+
     Attributes:
       classes: how many there are.
       tower, image: name of the tower, and the field that it reads.
@@ -49,6 +51,8 @@ class Classification(Objective):
         features = context.encode(self.tower, self.image)[self.output]
         logits = context.head("classifier", features).astype(jnp.float32)  # [B, classes]
         targets = optax.smooth_labels(nn.one_hot(labels, self.classes), self.smoothing)
+        known = (labels >= 0) & (labels < self.classes)
+        targets = jnp.where(known[:, None], targets, jnp.nan)
         right = jnp.mean(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.float32)
         return Loss(jnp.mean(optax.softmax_cross_entropy(logits, targets)), {"accuracy": right})
 

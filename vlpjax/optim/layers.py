@@ -20,13 +20,14 @@ from vlpjax.rules import match_rules, tree_names
 # (expression after the tower's name, what the parameter is), first match wins.  There is deliberately no last rule
 # for everything: a parameter of an unknown kind of tower is an error, and not a layer too early or too late.
 LAYERS = (
-    (r"(block|convolution|norm)_\d+/.*|blocks/.*", "block"),
-    (r"(patches|token_embedding|type_embedding|embedding_norm|pre_norm|stem)(/.*)?", "first"),
-    (r"(position_embedding|class_token|registers|mask_token)", "first"),
-    (r"(final_norm|pool_norm|pool_head|pooler|projection|standard|top|head)(/.*)?", "last"),
+    (r"(block|convolution|norm)_\d+(_[a-z]+)*/.*|blocks/.*", "block"),
+    (r"(patches|token_embedding|type_embedding|embedding_norm|pre_norm|stem(_[a-z]+)?)(/.*)?", "first"),
+    (r"((image|text)_)?(position_embedding|class_token)|registers|mask_token", "first"),
+    (r"(final_norm|early_norm|pool_norm|pool|pool_head|pooler|standard|top|head)(/.*)?|kernel", "last"),
+    (r"((image|text)_)?(early_)?projection/.*", "last"),
 )
 WHERE = ("first", "block", "last")
-_NUMBER = re.compile(r"[a-z]+_(\d+)/.*")
+_NUMBER = re.compile(r"[a-z]+_(\d+)(_[a-z]+)*/.*")
 
 
 @dataclass(frozen=True)

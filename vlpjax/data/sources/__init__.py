@@ -4,7 +4,6 @@ from vlpjax.data.sources.array_records import ArrayRecords, pack_record, unpack_
 from vlpjax.data.sources.base import Example, LazySource, Source
 from vlpjax.data.sources.canvases import Canvases
 from vlpjax.data.sources.combine import Concat, Filter, Mixture
-from vlpjax.data.sources.companions import Companion
 from vlpjax.data.sources.declared import Declared
 from vlpjax.data.sources.image_folder import ImageFolder
 from vlpjax.data.sources.neighbors import WithNeighbors
@@ -18,7 +17,6 @@ __all__ = [
     "TFDS",
     "ArrayRecords",
     "Canvases",
-    "Companion",
     "Concat",
     "Declared",
     "Example",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import io
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 from PIL import Image
 
+from vlpjax.data.drawings import as_png, on_paper
 from vlpjax.data.sources.base import Example, LazySource, Source, checked_index, digest
 from vlpjax.errors import UserError
 
@@ -26,7 +26,7 @@ class Scenes(LazySource):
 
     Fields: ``image`` (PNG bytes, ``size`` high and twice as wide), ``caption`` and ``wrong``, which differ in the order
     of two words; ``relation`` (``"left of"``, ``"right of"``, or both colours), by which scores can be grouped; and
-    ``label``, equal for scenes with the same content.
+    ``label``, equal for scenes that show the same, whichever way round their captions say it.
 
       * ``"relation"``: "a duck left of a tree" is right, "a tree left of a duck" wrong;
       * ``"attribute"``: both things are recoloured: "a red duck and a blue tree" is right, "a blue duck and a red tree"
@@ -36,7 +36,6 @@ class Scenes(LazySource):
       source: pictures (field ``image``, encoded) with names (``name``).
       count: number of scenes.
       kind: ``"relation"`` or ``"attribute"``.
-      objects: only the first so many pictures of the source take part; None takes all.
       size: height of the scene in pixels.
       seed: of what is drawn.
 
@@ -47,7 +46,6 @@ class Scenes(LazySource):
     source: Source
     count: int
     kind: str = "relation"
-    objects: int | None = None
     size: int = 32
     seed: int = 0
 
@@ -59,8 +57,7 @@ class Scenes(LazySource):
 
     def _open(self) -> tuple[list[str], dict[str, int]]:
         """The name of each picture, and a number for each name."""
-        things = min(len(self.source), self.objects or len(self.source))
-        names = [str(self.source[thing]["name"]) for thing in range(things)]
+        names = [str(self.source[thing]["name"]) for thing in range(len(self.source))]
         numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
         if len(numbers) < 2:
             raise UserError(f"Scenes needs pictures of two names to choose from, but has {len(numbers)}.")
@@ -78,13 +75,12 @@ class Scenes(LazySource):
             right = int(rng.integers(len(all_names)))
         names = [all_names[left], all_names[right]]
         content = numbers[names[0]] * len(numbers) + numbers[names[1]]
-        pictures = [_decoded(self.source[thing]["image"], self.size) for thing in (left, right)]
+        pictures = [_on_paper(self.source[thing]["image"], self.size) for thing in (left, right)]
         if self.kind == "relation":
             flipped = bool(rng.random() < 0.5)
             first, second = reversed(names) if flipped else names
             relation = "right of" if flipped else "left of"
             caption, wrong = (f"a {a} {relation} a {b}" for a, b in ((first, second), (second, first)))
-            content = 2 * content + flipped
         else:
             colors = [str(name) for name in rng.choice(list(COLORS), 2, replace=False)]
             pictures = [_recolored(x, COLORS[name]) for x, name in zip(pictures, colors, strict=True)]
@@ -94,7 +90,7 @@ class Scenes(LazySource):
             places = [list(COLORS).index(name) for name in colors]
             content = (content * len(COLORS) + places[0]) * len(COLORS) + places[1]
         return {
-            "image": _encoded(pictures, self.size), "caption": caption, "wrong": wrong, "relation": relation,
+            "image": as_png(np.concatenate(pictures, axis=1)), "caption": caption, "wrong": wrong, "relation": relation,
             "label": content,
         }  # fmt: skip
 
@@ -102,33 +98,16 @@ class Scenes(LazySource):
         return f"scene {index} ({self[index]['caption']})"
 
     def fingerprint(self) -> str:
-        fields = (self.count, self.kind, self.objects, self.size, self.seed)
+        fields = (self.count, self.kind, self.size, self.seed)
         return digest("Scenes", self.source.fingerprint(), fields)
 
 
-@functools.lru_cache(maxsize=4096)
-def _decoded(data: bytes, size: int) -> Image.Image:
-    """A picture on white, square and ``size`` pixels high; never changed afterwards."""
-    picture = Image.open(io.BytesIO(data)).convert("RGBA")
-    paper = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    paper.alpha_composite(picture)
-    return paper.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+_on_paper = functools.lru_cache(maxsize=4096)(on_paper)  # what it returns is never changed
 
 
-def _recolored(picture: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+def _recolored(picture: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
     """What is not white in one colour; darker parts stay darker."""
-    darkness = 1 - np.asarray(picture.convert("L"), np.float32) / 255
+    darkness = 1 - np.asarray(Image.fromarray(picture).convert("L"), np.float32) / 255
     ink = np.clip(darkness[..., None] * 3, 0, 1)
     shade = np.asarray(color, np.float32) * (1 - 0.4 * darkness[..., None])
-    mixed: Any = 255 * (1 - ink) + shade * ink
-    return Image.fromarray(mixed.round().astype(np.uint8))
-
-
-def _encoded(pictures: list[Image.Image], size: int) -> bytes:
-    """Two pictures side by side as PNG."""
-    scene = Image.new("RGB", (2 * size, size), (255, 255, 255))
-    for place, picture in enumerate(pictures):
-        scene.paste(picture, (place * size, 0))
-    data = io.BytesIO()
-    scene.save(data, "PNG", compress_level=1)
-    return data.getvalue()
+    return (255 * (1 - ink) + shade * ink).round().astype(np.uint8)

@@ -1,6 +1,6 @@
 """Transforms of single examples: flat dicts in, flat dicts out.
 
-See the modules of this folder: `appearance`, `collages`, `fields`, `images`, `order`, `pairs`, `text_augment`, `texts`,
+See the modules of this folder: `appearance`, `fields`, `images`, `order`, `pairs`, `text_augment`, `texts`,
 `tiles` and `views`.
 """
 
@@ -14,7 +14,6 @@ from vlpjax.data.transforms.appearance import (
     RandomErasing,
     Solarize,
 )
-from vlpjax.data.transforms.collages import Collage
 from vlpjax.data.transforms.fields import Drop, Keep, Rename
 from vlpjax.data.transforms.images import (
     CenterCrop,
@@ -35,7 +34,7 @@ from vlpjax.data.transforms.tiles import Tiles
 from vlpjax.data.transforms.views import Views
 
 __all__ = [
-    "CenterCrop", "Collage", "ColorJitter", "Decode", "DrawCaption", "Drop", "EasyAugment", "FixedCaption",
+    "CenterCrop", "ColorJitter", "Decode", "DrawCaption", "Drop", "EasyAugment", "FixedCaption",
     "GaussianBlur", "Grayscale", "Invert", "Keep", "Normalize", "Outline", "OverlappingCrops", "Pad",
     "Perturb", "RandAugment", "RandomAffine", "RandomErasing", "RandomFlip", "RandomResizedCrop",
     "RemoveStopWords", "Rename", "Resize", "Solarize", "SwappedCaption", "Tiles", "Tokenize",
