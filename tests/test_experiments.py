@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.tiny import most_optimizations_off
 from tools.compare import read_proof
 from tools.fetch_weights import fetch
 from vlpjax.config import Config, apply_overrides, leaves, load
@@ -28,7 +29,7 @@ from vlpjax.data.feed import feed
 from vlpjax.describe import ParameterRow, parameter_rows
 from vlpjax.rules import map_with_names, tree_names
 from vlpjax.run import Run
-from vlpjax.step import initial_state, make_train_step, train_step
+from vlpjax.step import make_train_step, train_step
 from vlpjax.trainer import prepare_evaluators
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +56,13 @@ EXPERIMENTS = [
 ]
 TRAINABLE = [name for name in EXPERIMENTS if not name.endswith(":paper")]
 PAPER = [name for name in EXPERIMENTS if name.endswith(":paper")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly() -> Iterator[None]:
+    """Two steps take a moment, compiling them does not."""
+    with most_optimizations_off():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -87,18 +95,11 @@ def shrunk(config: Config) -> Config:
     return apply_overrides(config, [(path, str(value)) for path, value in overrides.items()])
 
 
-def start(run: Run) -> Any:
-    """The state before the first step, on the run's mesh."""
-    if (
-        run.config.initialize
-    ):  # values come from files, and compiling those of hundreds of layers takes a minute
-        return drawn(run)
-    make = jax.jit(lambda batch: initial_state(run.experiment, batch), out_shardings=run.abstract[1])
-    return make({name: np.zeros((2, *x.shape[1:]), x.dtype) for name, x in run.batch_shapes.items()})
-
-
 def drawn(run: Run) -> Any:
-    """A state of the right shapes: matrices by their fan-in, other parameters about 1, biases and the rest 0."""
+    """A state of the right shapes: matrices by their fan-in, other parameters about 1, biases and the rest 0.
+
+    Compiling the initialisers of a hundred parameters takes longer than a step; which they are, golden files say.
+    """
     random = np.random.default_rng(0)
 
     def draw(name: str, leaf: Any) -> np.ndarray:
@@ -200,7 +201,7 @@ def test_two_steps(experiment):
     assert set(prepare_evaluators(run)) == set(run.config.evaluators)
     shardings, batch_sharding = run.abstract[1], run.layout.sharding("batch")
     step = make_train_step(run.experiment, run.layout, shardings, batch_sharding)
-    state = start(run)
+    state = drawn(run)
     before = jax.device_get(state.params)
     with feed(run.pipeline, batch_sharding, 0, 2) as batches:
         for _, batch, report in batches:

@@ -29,7 +29,7 @@ SYSTEM = dict(
     system="CroCo",
     paper="CroCo: Self-Supervised Pre-training for 3D Vision Tasks by Cross-View Completion, arXiv 2210.10716",
     here="one tower for both views, a decoder that attends to the second; pairs of overlapping crops",
-    published="clearly above MAE on NYUv2 depth (about 90 against 79 delta1; figures not checked)",
+    published="above MAE on depth and optical flow after fine-tuning",
     measured="not measured yet",
 )
 VIEWS = ("view1", "view2")

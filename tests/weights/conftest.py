@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
-import jax
 import pytest
 
+from tests.tiny import most_optimizations_off
 from vlpjax.weights import families
 
 
@@ -21,12 +22,7 @@ def small_families(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Small models take longer to compile than to run: most of XLA's optimisations are left out.
-
-    Not for published weights (files that import ``real``), whose models take longer to run.
-    """
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", not hasattr(request.module, "real"))
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Not for published weights (files that import ``real``), whose models take longer to run than to compile."""
+    with contextlib.nullcontext() if hasattr(request.module, "real") else most_optimizations_off():
+        yield
