@@ -153,7 +153,8 @@ def test_accumulation_with_dropout_is_one_comparison_of_features_made_with_the_s
     losses, grads = grads_of(config, start, batch)
     value, expected = jax.jit(jax.value_and_grad(reference))(start.params)
     np.testing.assert_allclose(losses["clip"].value, value, rtol=1e-6)
-    assert_trees_close(grads, expected, rtol=1e-4, atol=1e-6)
+    # The gradient of a frequent token's embedding is a sum of terms a hundred times as large.
+    assert_trees_close(grads, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_accumulation_is_not_the_mean_of_small_batches(start: TrainState) -> None:
@@ -335,7 +336,7 @@ def test_heads_statistics_are_those_of_the_batch_on_every_mesh(agreed: Agreed) -
 class Centred(BatchCoupled):
     """Pulls embeddings to a centre, which is the objective's state and follows them; features know it already."""
 
-    def initial_state(self) -> Any:
+    def initial_state(self, key: jax.Array) -> Any:
         return {"centre": jnp.zeros(16)}
 
     def encode(self, context: Context) -> jax.Array:

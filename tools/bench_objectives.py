@@ -26,18 +26,17 @@ from typing import Any
 import jax
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # works from a checkout that is not installed
 
-from experiments.contrastive import _web, clip
-from experiments.masked import mae
-from experiments.self_supervised import dino
-from tools._turns import HEADING, Turn, alternate, row
-from vlpjax.config import Config
-from vlpjax.models.vit_variants import variant
-from vlpjax.run import Run
-from vlpjax.step import initial_state, make_train_step
+from tools._turns import HEADING, Turn, alternate, row  # noqa: E402
+from vlpjax.config import Config, load  # noqa: E402
+from vlpjax.models.vit_variants import variant  # noqa: E402
+from vlpjax.run import Run  # noqa: E402
+from vlpjax.step import initial_state, make_train_step  # noqa: E402
 
-RATE = 1e-4  # of both sides' AdamW
+RATE = 1e-4  # of PyTorch's AdamW
+VOCABULARY = 49_408  # of CLIP, whose end-of-text token comes last
 Batch = dict[str, np.ndarray]
 
 
@@ -59,11 +58,10 @@ class Objective:
 
 
 def clip_config() -> Config:
-    config = clip.get_config("paper")
-    config.towers = dict(
-        image=_web.vit(16, 384, 12, 384, scan=False, remat="none"),
-        text=_web.text(384, 12, 384, scan=False, remat="none"),
-    )
+    config = load(f"{ROOT}/experiments/contrastive/clip.py:paper")
+    for name in ("image", "text"):
+        config.towers[name].update(width=384, heads=6, embedding=384, scan=False, remat="none")
+    config.towers.image.patch = 16
     return config
 
 
@@ -82,7 +80,7 @@ def open_clip(batch: Batch) -> tuple[Turn, list[Any]]:
 
 
 def mae_config() -> Config:
-    config = mae.get_config("paper")
+    config = load(f"{ROOT}/experiments/masked/mae.py:paper")
     config.towers.image.update(variant("B/16"))
     return config
 
@@ -97,7 +95,7 @@ def vit_mae(batch: Batch) -> tuple[Turn, list[Any]]:
 
 
 def dino_config() -> Config:
-    config = dino.get_config("paper")
+    config = load(f"{ROOT}/experiments/self_supervised/dino.py:paper")
     config.towers.image.drop_path = 0.0
     config.objectives.loss.loss.freeze_prototypes = ""
     return config
@@ -189,8 +187,8 @@ def random_batch(run: Run) -> Batch:
             return rng.normal(size=shape).astype(dtype)
         if len(shape) == 1:
             return np.arange(shape[0], dtype=dtype)  # the examples' numbers
-        words = rng.integers(1, _web.VOCABULARY - 2, shape).astype(dtype)
-        words[:, -1] = _web.END
+        words = rng.integers(1, VOCABULARY - 2, shape).astype(dtype)
+        words[:, -1] = VOCABULARY - 1
         return words
 
     return {name: draw(x.shape, x.dtype) for name, x in run.batch_shapes.items()}

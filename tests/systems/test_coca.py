@@ -139,7 +139,7 @@ def test_both_losses_are_their_formulas_and_accumulation_is_exact(state: Any) ->
     np.testing.assert_allclose(losses["clip"].value, np.mean(rows + columns) / 2, rtol=1e-5)
     accumulated, parts = grads_of(config_of(accumulate=4), state)
     np.testing.assert_allclose(accumulated["captions"].value, losses["captions"].value, rtol=1e-5)
-    assert_trees_close(parts, grads, rtol=1e-4, atol=1e-6)
+    assert_trees_close(parts, grads, rtol=1e-4, atol=1e-5)  # sums over all places of a frequent token
 
 
 @pytest.mark.parametrize("experiment", ["contrastive/coca.py", "composed.py"])

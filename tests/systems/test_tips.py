@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.contrastive import tips
 from tests.objectives.rig import Patches, compared, experiment_of, head_variables, views
 from tests.systems.test_dino import FEATURES, logits_of, softmax
-from tests.tiny import assert_trees_equal
-from vlpjax.config import spec
+from tests.tiny import ROOT, assert_trees_equal
+from vlpjax.config import load, spec
 from vlpjax.models.text import TextTransformer
 from vlpjax.objectives.crops import crop_pairs
 from vlpjax.objectives.dino import DINO
@@ -23,12 +22,14 @@ B = 16
 
 def config() -> Any:
     """The experiment's objectives and teacher, on small towers."""
-    config = tips.get_config()
+    config = load(f"{ROOT}/experiments/contrastive/tips.py")
     text = spec(
         TextTransformer, vocabulary=20, length=6, width=16, depth=1, heads=2, causal=False, pool="mean"
     )
     config.towers = dict(image=spec(Patches), text=text)
-    config.objectives = tips._objectives(8, 2, hidden=(8,), bottleneck=8)
+    config.objectives.patches.loss.update(prototypes=8, patch_prototypes=8, hidden=(8,), bottleneck=8)
+    for name in ("web", "synthetic"):
+        config.objectives[name].loss.same = None  # random batches have no labels
     return config
 
 
