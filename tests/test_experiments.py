@@ -103,14 +103,15 @@ def drawn(run: Run) -> Any:
     random = np.random.default_rng(0)
 
     def draw(name: str, leaf: Any) -> np.ndarray:
-        if not name.startswith("params/") or name.endswith("/bias"):
+        if not name.startswith(("params/", "teachers/")) or name.endswith("/bias"):
             return np.full(leaf.shape, name.endswith("/var"), leaf.dtype)
         noise = random.normal(size=leaf.shape)
         fan_in = math.prod(leaf.shape[:-1])
         return np.asarray(noise * (2 / fan_in) ** 0.5 if leaf.ndim > 1 else 1 + 0.05 * noise, leaf.dtype)
 
     abstract, shardings = run.abstract
-    return jax.device_put(map_with_names(draw, abstract), shardings)
+    state = map_with_names(draw, abstract).replace(objectives=run.experiment.initial_states())
+    return jax.device_put(state, shardings)
 
 
 def described(row: ParameterRow) -> str:
