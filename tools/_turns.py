@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 Turn = Callable[[], None]
@@ -48,3 +49,30 @@ def seconds(turn: Turn) -> float:
 def row(title: str, sizes: tuple[int, int], pair: Pair) -> str:
     """A line under :data:`HEADING`."""
     return f"{title:40} {sizes[0]:>13,} / {sizes[1]:>12,} {pair.text()}"
+
+
+def parse(
+    arguments: Sequence[str] | None, description: str | None, kind: str, names: Iterable[str], batch: int
+) -> argparse.Namespace:
+    """The options of a speed benchmark: ``names`` of what is measured, ``batch`` and ``pairs``.
+
+    Args:
+      kind: what the names name, in the plural, such as ``"towers"``.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = ",".join(names)
+    parser.add_argument(f"--{kind}", dest="names", default=known, help="names, separated by commas")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=batch,
+        help="examples of a step" + ("" if batch else "; 0 is what each is given"),
+    )
+    parser.add_argument("--pairs", type=int, default=5, help="turns of each side")
+    options = parser.parse_args(arguments)
+    options.names = options.names.split(",")
+    if unknown := [name for name in options.names if name not in known.split(",")]:
+        parser.error(f"there is no {unknown[0]!r} among the {kind}; there are {known}.")
+    return options

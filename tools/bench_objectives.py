@@ -16,7 +16,6 @@ float32, on all cores, on random pixels.  What is reported is the median over th
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works from a checkout that is not installed
 
-from tools._turns import HEADING, Turn, alternate, row  # noqa: E402
+from tools._turns import HEADING, Turn, alternate, parse, row  # noqa: E402
 from vlpjax.config import Config, load  # noqa: E402
 from vlpjax.models.vit_variants import variant  # noqa: E402
 from vlpjax.run import Run  # noqa: E402
@@ -195,17 +194,9 @@ def random_batch(run: Run) -> Batch:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--objectives", default=",".join(OBJECTIVES), help="names, separated by commas")
-    parser.add_argument("--batch", type=int, default=0, help="examples; 0 is each objective's own number")
-    parser.add_argument("--pairs", type=int, default=5)
-    options = parser.parse_args(arguments)
+    options = parse(arguments, __doc__, "objectives", OBJECTIVES, 0)
     print(HEADING)
-    for name in options.objectives.split(","):
-        if name not in OBJECTIVES:
-            raise SystemExit(f"There is no objective {name!r}; there are {', '.join(OBJECTIVES)}.")
+    for name in options.names:
         objective = OBJECTIVES[name]
         size = options.batch or objective.batch
         ours, our_size, batch = our_turn(objective.ours(), size)

@@ -11,7 +11,6 @@ above 1, ours is faster.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from flax import linen as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-from tools._turns import HEADING, Pair, Turn, alternate, row
+from tools._turns import HEADING, Pair, Turn, alternate, parse, row
 from vlpjax.models.decoder import Decoder
 from vlpjax.models.positions import Rotary
 from vlpjax.models.text import TextTransformer
@@ -178,17 +177,9 @@ def compare(tower: Tower, batch: int, pairs: int) -> tuple[tuple[int, int], Pair
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--towers", default=",".join(TOWERS), help="names, separated by commas")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=5)
-    options = parser.parse_args(arguments)
+    options = parse(arguments, __doc__, "towers", TOWERS, 4)
     print(HEADING)
-    for name in options.towers.split(","):
-        if name not in TOWERS:
-            raise SystemExit(f"There is no tower {name!r}; there are {', '.join(TOWERS)}.")
+    for name in options.names:
         tower = TOWERS[name]()
         print(row(tower.title, *compare(tower, options.batch, options.pairs)), flush=True)
 
