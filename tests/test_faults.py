@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny import ROOT, Slow, run_config
+from tests.tiny import ROOT, NormTower, Slow, run_config
 from vlpjax import config as configs
 from vlpjax import main
 from vlpjax.checkpoint import Checkpoints
@@ -25,6 +25,7 @@ from vlpjax.config import Config, spec, to_json
 from vlpjax.data.sources import ImageFolder
 from vlpjax.errors import UserError
 from vlpjax.observe.metrics import is_disk_full
+from vlpjax.teachers import EMA
 from vlpjax.workdir import claim
 
 EXPERIMENT = f"--config={ROOT / 'tests' / 'experiments_tiny.py'}"
@@ -159,6 +160,18 @@ def test_a_mistake_in_an_experiment_file_is_one_sentence(
     told.use(config)
     sentence = told.sentence(EXPERIMENT, f"--workdir={tmp_path / 'run'}")
     assert all(part in sentence for part in parts), sentence
+
+
+def test_the_student_s_running_statistics_are_not_taken_for_a_teacher_s(told: Told, tmp_path: Path) -> None:
+    config = run_config()
+    config.towers.image = spec(NormTower)
+    config.teachers.ema = spec(EMA)
+    config.evaluators.style.params = "ema"
+    told.use(config)
+    sentence = told.sentence(EXPERIMENT, f"--workdir={tmp_path / 'run'}")
+    assert all(
+        part in sentence for part in ("evaluators.style.params", "'image'", "BatchNorm", "'student'")
+    ), sentence
 
 
 def test_a_work_directory_of_another_experiment(told: Told, half_run: Path) -> None:

@@ -180,6 +180,15 @@ def prepare_evaluators(run: Run) -> dict[str, tuple[int, Evaluation]]:
                 f"evaluators.{name}.params is {evaluator.params!r}; there are 'student'"
                 f"{''.join(f', {teacher!r}' for teacher in run.experiment.teachers)}."
             )
+        if evaluator.params != "student":
+            state = run.abstract[0]
+            moving = [tower for tower in run.config.towers if tower in state.teachers[evaluator.params]]
+            moving = [tower for tower in moving if state.statistics.get(tower)]
+            if moving:  # teachers keep no running statistics, and the student's are not theirs
+                raise UserError(
+                    f"evaluators.{name}.params is {evaluator.params!r}, whose tower {moving[0]!r} has BatchNorm; "
+                    "running statistics are the student's alone, so set it to 'student'."
+                )
         every = run.every(evaluator.every, f"config.evaluators.{name}.every")
         prepared[name] = (every, _with_params(evaluator, evaluator.make(run.experiment, run.layout)))
     return prepared
