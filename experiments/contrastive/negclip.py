@@ -21,8 +21,8 @@ from vlpjax.data.pipeline import Pipeline
 from vlpjax.data.sources import TFDS, Scenes, WithNeighbors
 from vlpjax.data.transforms import Decode, Perturb, RandomAffine, SwappedCaption
 from vlpjax.evaluators.order import MultipleChoice
+from vlpjax.models.convnet import ConvNet
 from vlpjax.models.text import TextTransformer
-from vlpjax.models.vit import ViT
 from vlpjax.objectives.contrastive import InfoNCE
 from vlpjax.weights.starting import Pretrained
 
@@ -54,7 +54,14 @@ def small(negatives: bool = True) -> Config:
     config.name = f"NegCLIP, {'small' if negatives else 'without negatives'}"
     config.duration = "300 steps"
     config.towers = dict(
-        image=spec(ViT, image_size=(SIZE, 2 * SIZE), patch=8, width=96, depth=3, heads=4, embedding=128),
+        image=spec(  # flattened, because a relation is about where things are
+            ConvNet,
+            image_size=(SIZE, 2 * SIZE),
+            channels=(32, 64, 96, 128),
+            strides=(2, 2, 2, 2),
+            pool="flatten",
+            embedding=128,
+        ),
         text=spec(
             TextTransformer, vocabulary=VOCABULARY, length=LENGTH, width=128, depth=2, heads=4, embedding=128
         ),

@@ -43,7 +43,10 @@ SYSTEM = dict(
 )
 # Against the same tower before training: prompted segmentation and the overlap of similarities.
 PROOF = dict(
-    against="experiments/masked/mmc.py:small", metrics=("segmentation/iou",), set_b=("duration=1 step",)
+    against="experiments/masked/mmc.py:small",
+    metrics=("segmentation/iou",),
+    settings=("duration=300 steps", "data.train.batch_size=32"),
+    set_b=("duration=1 step",),
 )
 VIEWS = ("view1", "view2")
 

@@ -38,7 +38,7 @@ SYSTEM = dict(
 PROOF = dict(
     against="experiments/optimizers/sgd_sai.py:small,optimizer=adamw",
     metrics=("style/image_to_text/recall@1", "style/text_to_image/recall@1"),
-    settings=("duration=400 steps",),
+    settings=("duration=200 steps",),
 )
 
 

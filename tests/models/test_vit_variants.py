@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from vlpjax.errors import UserError
-from vlpjax.models.patches import pair
+from vlpjax.models.positions_2d import pair
 from vlpjax.models.vit import ViT
 from vlpjax.models.vit_variants import variant
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from vlpjax.errors import UserError
 from vlpjax.models.heads import Projection
 from vlpjax.models.layers import activation, batch_norm, named, norm
+from vlpjax.models.positions_2d import pair
 
 
 def convolve(
@@ -56,7 +57,7 @@ class ConvNet(nn.Module):
     """Images to features through 3x3 convolutions.
 
     Attributes:
-      image_size: height and width, in pixels.
+      image_size: height and width in pixels, or both as one number.
       channels, strides: one per convolution.
       pool: ``"mean"`` over positions, or ``"flatten"``: all positions side by side, so that the embedding knows
         where things are.  Drawings that fill their frame are told apart by that.
@@ -68,7 +69,7 @@ class ConvNet(nn.Module):
       dtype: compute type; None is float32.
     """
 
-    image_size: int
+    image_size: int | tuple[int, int]
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     pool: str = "mean"
@@ -92,7 +93,7 @@ class ConvNet(nn.Module):
         Raises:
           UserError: images of another size, an unknown ``pool``, or not as many strides as channels.
         """
-        if images.shape[1:3] != (self.image_size, self.image_size):
+        if images.shape[1:3] != pair(self.image_size):
             raise UserError(
                 f"The image tower takes {self.image_size} pixels, but the batch has {images.shape[1:3]}."
             )

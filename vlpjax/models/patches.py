@@ -15,12 +15,7 @@ from jaxtyping import Array, Float
 from vlpjax.errors import UserError
 from vlpjax.models.convnet import convolve
 from vlpjax.models.layers import dense, named
-from vlpjax.models.positions_2d import resize_matrix
-
-
-def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a size that may be written as one number."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+from vlpjax.models.positions_2d import pair, resize_matrix
 
 
 def resize_kernel(

@@ -26,6 +26,11 @@ ROTARY_FORMS = ("patches", "centred")
 _CUBIC, _CUBIC_ANTIALIAS = -0.75, -0.5
 
 
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size that may be written as one number."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 def _kernel(xp: ModuleType, x: Any, method: str, a: float) -> Any:
     """The triangle, or Keys' cubic with parameter ``a``, at distances ``x`` in samples."""
     x = xp.abs(x)

@@ -16,11 +16,12 @@ from vlpjax.errors import UserError
 from vlpjax.models.heads import Projection
 from vlpjax.models.layers import Block, dense, named, norm
 from vlpjax.models.packing import Packed
-from vlpjax.models.patches import PatchEmbedding, pair
+from vlpjax.models.patches import PatchEmbedding
 from vlpjax.models.pooling import AttentionPool, mean_pool
 from vlpjax.models.positions import Rotation
 from vlpjax.models.positions_2d import (
     grid_positions,
+    pair,
     resize_positions,
     rotation_2d,
     sample_positions,

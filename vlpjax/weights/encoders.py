@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from vlpjax.errors import UserError
 from vlpjax.models.heads import Scalar
-from vlpjax.models.patches import pair
+from vlpjax.models.positions_2d import pair
 from vlpjax.models.text import TextTransformer
 from vlpjax.models.towers import Towers
 from vlpjax.models.vit import ViT

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from vlpjax.errors import UserError
 from vlpjax.models.connectors import MlpConnector
-from vlpjax.models.patches import pair
+from vlpjax.models.positions_2d import pair
 from vlpjax.models.vision_language import VisionLanguageModel
 from vlpjax.models.vit import ViT
 from vlpjax.weights import decoders, multimodal

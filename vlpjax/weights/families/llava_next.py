@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from vlpjax.data.tiling import Tiling
 from vlpjax.errors import UserError
-from vlpjax.models.patches import pair
+from vlpjax.models.positions_2d import pair
 from vlpjax.models.vision_language import VisionLanguageModel
 from vlpjax.weights import decoders, multimodal
 from vlpjax.weights.families import llava

@@ -14,7 +14,7 @@ from typing import Any
 from flax import linen as nn
 
 from vlpjax.errors import UserError
-from vlpjax.models.patches import pair
+from vlpjax.models.positions_2d import pair
 from vlpjax.models.vit import ViT
 from vlpjax.weights.configs import filled_in
 from vlpjax.weights.encoders import expect, hold, linear, tower_example

@@ -20,7 +20,7 @@ import numpy as np
 from flax import linen as nn
 
 from vlpjax.models.mae import MAEDecoder
-from vlpjax.models.patches import pair
+from vlpjax.models.positions_2d import pair
 from vlpjax.models.towers import Towers
 from vlpjax.models.vit import ViT
 from vlpjax.weights.configs import activation_named, filled_in, require
