@@ -39,6 +39,7 @@ CORE = [
     "orbax-checkpoint>=0.12,<0.13",
     "pillow>=11,<14",
     "pyarrow>=18,<27",
+    "PyYAML>=6,<7",  # writes Kubernetes manifests
     "rich>=13.9,<16",
     "sentencepiece>=0.2,<0.3",
     "tensorboardX>=2.6.2,<3",
@@ -47,6 +48,7 @@ CORE = [
 ]
 
 BEAM = ["apache-beam>=2.77,<3"]
+LAUNCH = ["submitit>=1.5,<2"]
 
 EXTRAS = {
     # JAX's own wheels run on CPUs; the extra exists so that every machine is chosen in the same way.
@@ -61,9 +63,10 @@ EXTRAS = {
     "torch": ["torch>=2.6,<3", "transformers>=5,<6", "safetensors>=0.5,<1"],
     # Reads GGUF files; safetensors, .pth and ONNX files need nothing beyond the core.
     "gguf": ["gguf>=0.17,<1"],
-    # Starts runs on Slurm clusters.
-    "launch": ["submitit>=1.5,<2"],
+    # Hands jobs to Slurm; the other engines have programs of their own.
+    "launch": LAUNCH,
     "dev": [
+        *LAUNCH,
         "hypothesis>=6.120,<7",
         "mypy>=2.0,<3",
         "onnx>=1.18,<2",  # writes the files that our reader of its format is tested with

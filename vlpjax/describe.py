@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from vlpjax.config import leaves
@@ -31,7 +32,7 @@ class ParameterRow:
       shape: its size per dimension.
       dtype: of the stored value.
       axes: its logical axes; None where the module names none.
-      sharding: the mesh axes per dimension.
+      sharding: the mesh axes per dimension; "-" is whole.
       bytes_per_device: of the parameter itself.
       initializer: how it starts.
       rate: learning-rate factor, of the last layer where layers are stacked; None is frozen.
@@ -74,7 +75,7 @@ def parameter_rows(run: Run) -> list[ParameterRow]:
                 shape=leaf.shape,
                 dtype=str(leaf.dtype),
                 axes=tuple(box.names) if isinstance(box, nn.LogicallyPartitioned) else None,
-                sharding=str(tuple(sharding.spec)),
+                sharding=_placed(sharding, len(leaf.shape)),
                 bytes_per_device=local,
                 initializer=getattr(box, "initializer", ""),
                 rate=rate,
@@ -140,7 +141,7 @@ def _head(run: Run) -> str:
             f"{run.config.name or 'experiment'}: {run.total_steps:,} steps of {durations.batch_size:,} examples "
             f"({run.total_steps * durations.batch_size / (durations.examples_per_epoch or math.nan):.1f} epochs of "
             f"{durations.examples_per_epoch:,})",
-            "mesh: " + ", ".join(f"{axis}={size}" for axis, size in mesh.items()),
+            "mesh: " + ", ".join(f"{axis}={size}" for axis, size in mesh.items()) + _slices(run),
             f"compute in {experiment.compute_dtype}: {experiment.precision_reason}",
             "objectives: "
             + ", ".join(
@@ -152,21 +153,42 @@ def _head(run: Run) -> str:
     )
 
 
+def _slices(run: Run) -> str:
+    """Which axes go from slice to slice."""
+    cut = ", ".join(f"{axis} by {parts}" for axis, parts in run.layout.slices.items())
+    return f"; cut into slices: {cut}" if cut else ""
+
+
+def _placed(sharding: NamedSharding, dimensions: int) -> str:
+    """The mesh axes of each dimension: ``"fsdp, tensor, -"``."""
+    entries = tuple(sharding.spec) + (None,) * (dimensions - len(sharding.spec))
+    names = [(entry,) if isinstance(entry, str) else entry or ("-",) for entry in entries]
+    return ", ".join("+".join(axes) for axes in names) or "-"
+
+
 def _totals(run: Run, rows: Sequence[ParameterRow]) -> str:
     abstract, shardings = run.abstract
-    towers: dict[str, int] = {}
+    towers: dict[str, tuple[int, int]] = {}
     for row in rows:
         tower = row.name.partition("/")[0]
-        towers[tower] = towers.get(tower, 0) + math.prod(row.shape)
-    lines = [(name, f"{count:,}") for name, count in towers.items()] + [("all", f"{sum(towers.values()):,}")]
+        count, size = towers.get(tower, (0, 0))
+        towers[tower] = count + math.prod(row.shape), size + row.bytes_per_device
+    counts, sizes = zip(*towers.values(), strict=True)
+    towers["all"] = sum(counts), sum(sizes)
+    lines = [(name, f"{count:,}", f"{size:,}") for name, (count, size) in towers.items()]
     per_device = {
         "parameters": _local_bytes(abstract.params, shardings.params),
         "optimizer": _local_bytes(abstract.optimizer, shardings.optimizer),
         "teachers": _local_bytes(abstract.teachers, shardings.teachers),
+        "objectives": _local_bytes(abstract.objectives, shardings.objectives),
+        "statistics": _local_bytes(abstract.statistics, shardings.statistics),
     }
     held = "; ".join(f"{name} {_bytes(size)}" for name, size in per_device.items())
     share = replicated_share(abstract, shardings)
-    return f"{_table(('tower', 'parameters'), lines)}\n\nper device: {held}; {share:.2%} of the state is replicated"
+    return (
+        f"{_table(('tower', 'parameters', 'bytes/device'), lines)}\n\nper device: {held}; in all "
+        f"{_bytes(sum(per_device.values()))}; {share:.2%} of the state is replicated"
+    )
 
 
 def _compiled(run: Run) -> str:

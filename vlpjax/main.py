@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from vlpjax.errors import UserError
 
 MODES = ("train", "eval", "describe")
+PROCESSES = ("coordinator", "num_processes", "process_id", "join_seconds")
 HELP = """python -m vlpjax.main --config=FILE[:ARGUMENT] --workdir=DIR [--mode=MODE] [--config.ANY.LEAF=VALUE ...]
 
   --config=FILE[:ARGUMENT]   an experiment, such as experiments/quickstart.py or experiments/quickstart.py:concept
@@ -25,8 +26,9 @@ HELP = """python -m vlpjax.main --config=FILE[:ARGUMENT] --workdir=DIR [--mode=M
                              $JAX_COMPILATION_CACHE_DIR, or a folder in ~/.cache);
                              empty turns it off
   --coordinator=HOST:PORT --num_processes=N --process_id=I
-                             start one of several processes (not needed where JAX detects the cluster: pass
-                             --coordinator=auto there)
+                             start one of several processes; --coordinator=auto is enough where JAX detects the
+                             cluster (Slurm, Open MPI, Kubernetes, Cloud TPU)
+  --join_seconds=300         how long a process waits for the others to be started
   --debug                    show the whole traceback of an error
 """
 
@@ -84,7 +86,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """Splits the arguments into flags and overrides ``(dotted path, text)``; both ``--a=b`` and ``--a b`` work."""
-    known = ("config", "workdir", "mode", "compilation_cache", "coordinator", "num_processes", "process_id")
+    known = ("config", "workdir", "mode", "compilation_cache", *PROCESSES)
     flags: dict[str, str] = {}
     overrides: list[tuple[str, str]] = []
     rest = list(arguments)
@@ -121,18 +123,9 @@ def _start(flags: dict[str, str]) -> None:
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    coordinator = flags.get("coordinator")
-    if coordinator == "auto":
-        jax.distributed.initialize()
-    elif coordinator:
-        for name in ("num_processes", "process_id"):
-            if not flags.get(name, "").isdigit():
-                raise UserError(
-                    f"--coordinator needs --{name}=NUMBER, which is {flags.get(name, 'missing')!r}."
-                )
-        if getattr(jax.config, "jax_platforms", None) == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(coordinator, int(flags["num_processes"]), int(flags["process_id"]))
+    from vlpjax.processes import join
+
+    join(*(flags.get(name, "") for name in PROCESSES))
 
 
 if __name__ == "__main__":

@@ -3,16 +3,20 @@
 Modules name the axes of their parameters and activations (``"embed"``, ``"mlp"``, ``"batch"``); what those
 names mean on a machine is decided here.  A mesh always has all six axes, slow to fast, most of them often of
 size 1, so that no code asks which axes exist.
+
+Where the devices are several slices (TPU slices, or the NVLink domains of GPUs), the slow axes go from slice to
+slice over the data-centre network, and the fast ones stay inside a slice.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import contextvars
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -25,19 +29,31 @@ from vlpjax.rules import map_with_names
 
 AXES = ("replica", "fsdp", "ring", "ulysses", "tensor", "expert")
 
-# Parameters are sharded over fsdp and both sequence axes, so that sequence ranks hold no copies.
+# The axes that may go from slice to slice, those that send least first.  The others exchange activations in every
+# layer, which only the links inside a slice are fast enough for.
+ACROSS_SLICES = ("replica", "fsdp", "ring")
+
+# Parameters are sharded over fsdp, both sequence axes and expert, so that no rank of these holds copies.
 RULES: dict[str, tuple[str, ...]] = {
     # activations
-    "batch": ("replica", "fsdp"),  # examples, and everything that is one per example
-    "frames": ("replica", "fsdp", "ring", "ulysses"),  # images and video frames: a frame is never split
+    "batch": ("replica", "fsdp", "expert"),  # examples, and everything that is one per example
+    "frames": (
+        "replica",
+        "fsdp",
+        "ring",
+        "ulysses",
+        "expert",
+    ),  # images and video frames: a frame is never split
     "sequence": ("ring", "ulysses"),  # tokens of a decoder
     "activation": (),  # features of an activation
     # parameters
-    "embed": ("fsdp", "ring", "ulysses"),
+    "embed": ("fsdp", "ring", "ulysses", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocabulary": ("tensor",),
+    "experts": ("expert",),  # of a layer that chooses among experts
+    "expert_embed": ("fsdp", "ring", "ulysses"),  # their "embed"
     "head_dim": (),
     "joint": (),  # the space that towers share
     "position": (),
@@ -47,10 +63,17 @@ RULES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh together with the rules that place logical axes on it."""
+    """A mesh together with the rules that place logical axes on it.
+
+    Attributes:
+      mesh: the devices.
+      rules: logical axis -> mesh axes.
+      slices: mesh axis -> into how many slices it is cut; an axis that is not named lies within a slice.
+    """
 
     mesh: Mesh
     rules: Mapping[str, tuple[str, ...]]
+    slices: Mapping[str, int] = field(default_factory=dict)
 
     def spec(
         self, names: Sequence[str | None], shape: Sequence[int] | None = None, what: str = "array"
@@ -136,11 +159,17 @@ _ACTIVE: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout"
 
 
 def constrain(array: jax.Array, *names: str | None) -> jax.Array:
-    """Pins an activation to where its logical axes lie; outside a layout it does nothing."""
+    """Pins an activation to where its logical axes lie; outside a layout it does nothing.
+
+    Raises:
+      UserError: a size that cannot be divided, which XLA would pad in silence.
+    """
     layout = _ACTIVE.get()
     if layout is None or layout.mesh.size == 1:
         return array
-    return jax.lax.with_sharding_constraint(array, layout.sharding(*names))
+    what = f"an activation of shape {'x'.join(map(str, array.shape))}"
+    place = NamedSharding(layout.mesh, layout.spec(names, array.shape, what))
+    return jax.lax.with_sharding_constraint(array, place)
 
 
 def active_layout() -> Layout | None:
@@ -179,18 +208,19 @@ def constrain_blocks(array: jax.Array, *, gathered: bool = False) -> jax.Array:
 
 def make_layout(
     sizes: Mapping[str, int],
-    rules: Mapping[str, Sequence[str]] | None = None,
+    rules: Mapping[str, str | Sequence[str]] | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Layout:
     """The mesh with these axis sizes, and the default rules with ``rules`` put over them.
 
     Args:
       sizes: size per axis name; axes that are not named are 1; at most one may be -1 and takes the rest.
-      rules: logical axis name -> mesh axes, replacing or adding to :data:`RULES`.
+      rules: logical axis name -> mesh axes (or the name of one), replacing or adding to :data:`RULES`.
       devices: all devices by default.
 
     Raises:
-      UserError: an unknown axis, sizes that do not multiply out to the number of devices, or more than one -1.
+      UserError: an unknown axis, sizes that do not multiply out to the number of devices, more than one -1, or slices
+        that the sizes do not fit.
     """
     devices = list(jax.devices() if devices is None else devices)
     unknown = [name for name in sizes if name not in AXES]
@@ -209,21 +239,68 @@ def make_layout(
         )
     if free:
         shape[free[0]] = len(devices) // fixed
-    table = {**RULES, **{name: tuple(axes) for name, axes in (rules or {}).items()}}
+    own = {name: (axes,) if isinstance(axes, str) else tuple(axes) for name, axes in (rules or {}).items()}
+    table = {**RULES, **own}
     for name, axes in table.items():
         wrong = [axis for axis in axes if axis not in AXES]
         if wrong:
             raise UserError(
                 f"The sharding rule {name!r} names the mesh axis {wrong[0]!r}; there are {', '.join(AXES)}."
             )
+    across = slices_per_axis(shape, _count_slices(devices), len(devices))
+    grid = _arrange(devices, shape, across)
+    mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Layout(mesh, table, {axis: parts for axis, parts in across.items() if parts > 1})
+
+
+def slices_per_axis(shape: Mapping[str, int], slices: int, devices: int) -> dict[str, int]:
+    """Into how many slices each mesh axis is cut: as few as will do of ``fsdp`` and ``ring``.
+
+    Raises:
+      UserError: slices that cannot be told apart by :data:`ACROSS_SLICES` alone.
+    """
+    across, left = dict.fromkeys(AXES, 1), slices
+    for axis in ACROSS_SLICES:
+        across[axis] = math.gcd(shape[axis], left)
+        left //= across[axis]
+    if left == 1:
+        return across
+    inside = {axis: size for axis, size in shape.items() if axis not in ACROSS_SLICES and size > 1}
+    written = " x ".join(f"{axis}={size}" for axis, size in inside.items()) or "what is left"
+    raise UserError(
+        f"The {devices} devices are {slices} slices of {devices // slices}, and {written} must lie within a slice; "
+        f"replica x fsdp x ring is {math.prod(shape[axis] for axis in ACROSS_SLICES)} and must be a multiple of "
+        f"{slices}, such as config.mesh.replica={slices}."
+    )
+
+
+def _count_slices(devices: Sequence[Any]) -> int:
+    """How many slices the devices are; machines that have none are one.
+
+    Raises:
+      UserError: slices of different sizes.
+    """
+    counts = collections.Counter(getattr(device, "slice_index", 0) or 0 for device in devices)
+    if len(set(counts.values())) > 1:
+        held = ", ".join(f"{count} in slice {index}" for index, count in sorted(counts.items()))
+        raise UserError(
+            f"The {len(devices)} devices are slices of different sizes ({held}); a mesh needs equal ones."
+        )
+    return len(counts)
+
+
+def _arrange(devices: Sequence[Any], shape: Mapping[str, int], across: Mapping[str, int]) -> np.ndarray:
+    """The devices as an array with a dimension per axis, in which neighbours on fast links are neighbours."""
+    from jax.experimental import mesh_utils
+
+    inner = tuple(shape[axis] // across[axis] for axis in AXES)
+    outer = tuple(across[axis] for axis in AXES)
+    if math.prod(outer) > 1:
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
     if devices[0].platform == "tpu" and len(devices) > 1:
         # The physical torus decides which order makes neighbours of neighbours.
-        from jax.experimental import mesh_utils
-
-        grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices)
-    else:
-        grid = np.asarray(devices).reshape(tuple(shape.values()))
-    return Layout(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES)), table)
+        return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    return np.asarray(devices).reshape(inner)
 
 
 def pick_rule(rules: Sequence[tuple[str, Any]], hardware: str) -> Any | None:

@@ -21,7 +21,7 @@ from vlpjax.durations import Durations
 from vlpjax.errors import UserError
 from vlpjax.experiment import Experiment, base_config
 from vlpjax.mesh import Layout, hardware_name, make_layout, pick_rule
-from vlpjax.state import TrainState
+from vlpjax.state import TrainState, check_replicated
 from vlpjax.step import abstract_state
 
 
@@ -54,6 +54,7 @@ class Run:
         pipeline = build(config.data.train) if data else declared_pipeline(config)
         if not isinstance(pipeline, Pipeline):
             raise UserError("config.data.train must be a spec of vlpjax.data.pipeline:Pipeline.")
+        layout.spec(("batch",), (pipeline.batch_size,), "config.data.train.batch_size")
         length = Durations(pipeline.batch_size, pipeline.num_examples)
         total = length.steps(config.duration, "config.duration")
         if total < 1:
@@ -88,8 +89,14 @@ class Run:
 
     @functools.cached_property
     def abstract(self) -> tuple[TrainState, TrainState]:
-        """Shapes and shardings of the train state."""
-        return abstract_state(self.experiment, self.batch_shapes, self.layout)
+        """Shapes and shardings of the train state.
+
+        Raises:
+          UserError: parameters that cannot be divided, or too many that every device would hold a copy of.
+        """
+        abstract, shardings = abstract_state(self.experiment, self.batch_shapes, self.layout)
+        check_replicated(abstract.params, shardings.params, self.layout)
+        return abstract, shardings
 
     def every(self, duration: str, what: str) -> int:
         """A duration as steps, at least 1; empty never comes due."""

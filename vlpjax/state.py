@@ -9,8 +9,13 @@ import jax
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vlpjax.errors import UserError
 from vlpjax.mesh import Layout
 from vlpjax.rules import map_with_names, tree_names
+
+# Of the parameters' bytes, the share that every device may hold a copy of; and what is too little to matter.
+MOST_REPLICATED = 0.02
+LITTLE = 64 * 2**20
 
 
 @struct.dataclass
@@ -80,3 +85,24 @@ def replicated_share(abstract: Any, shardings: Any) -> float:
         total += size
         copied += size if sharding.is_fully_replicated and sharding.mesh.size > 1 else 0
     return copied / max(total, 1)
+
+
+def check_replicated(params: Any, shardings: Any, layout: Layout) -> None:
+    """Parameters that are meant to be sharded must not be held whole by every device.
+
+    Raises:
+      UserError: copies of more than :data:`MOST_REPLICATED` of the bytes, where there are axes to shard them over.
+    """
+    axes = [axis for axis in layout.rules["embed"] if layout.mesh.shape[axis] > 1]
+    share = replicated_share(params, shardings)
+    sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)]
+    if not axes or share <= MOST_REPLICATED or share * sum(sizes) <= LITTLE:
+        return
+    whole = [sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings)]
+    named = zip(sizes, tree_names(params), jax.tree.leaves(params), whole, strict=True)
+    size, name, leaf, _ = max((item for item in named if item[-1]), key=lambda item: item[0])
+    raise UserError(
+        f"Every device would hold a copy of {share:.1%} of the parameters' bytes, first of all of {name} of shape "
+        f"{'x'.join(map(str, leaf.shape))} ({size / 1e6:,.0f} MB); name its axes (nn.with_logical_partitioning), or "
+        f"give it a dimension that {'x'.join(axes)}={math.prod(layout.mesh.shape[axis] for axis in axes)} divides."
+    )

@@ -82,9 +82,7 @@ def train_step(
       the state after the step, and metrics: ``loss``, each objective's, gradient and update norms, the
       learning rate.
     """
-    losses, statistics, grads = gradients(experiment, state, batch)
-    if param_shardings is not None:
-        grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, param_shardings)
+    losses, statistics, grads = gradients(experiment, state, batch, param_shardings)
     updates, optimizer = experiment.make_optimizer(state.params).update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     for name, constraint in experiment.constraints().items():
@@ -116,11 +114,19 @@ def train_step(
     return new_state, metrics
 
 
-def gradients(experiment: Experiment, state: TrainState, batch: Batch) -> tuple[dict[str, Loss], Any, Any]:
-    """Losses, new normalisation statistics, and the gradient of the weighted sum of the losses."""
-    if experiment.accumulate == 1:
-        return _plain_gradients(experiment, state, batch)
-    return _accumulated_gradients(experiment, state, batch)
+def gradients(
+    experiment: Experiment, state: TrainState, batch: Batch, param_shardings: Any = None
+) -> tuple[dict[str, Loss], Any, Any]:
+    """Losses, new normalisation statistics, and the gradient of the weighted sum of the losses.
+
+    Args:
+      param_shardings: where gradients are pinned; left to XLA, they lose the parameters' sharding.
+    """
+    differentiate = _plain_gradients if experiment.accumulate == 1 else _accumulated_gradients
+    losses, statistics, grads = differentiate(experiment, state, batch)
+    if param_shardings is not None:
+        grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, param_shardings)
+    return losses, statistics, grads
 
 
 def _plain_gradients(

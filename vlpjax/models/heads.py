@@ -83,8 +83,9 @@ class MLPHead(nn.Module):
         last = len(self.features) - 1
         for index, width in enumerate(self.features):
             normed = self.last_norm is not None if index == last else self.norm is not None
-            # Kernels alternate, so that each but the last is split along both axes of the mesh.
-            inner, outer = ("embed", "mlp") if index % 2 == 0 else ("mlp", "embed")
+            # Kernels alternate, so that each but the last is split along both axes of the mesh; the last, whose width
+            # may be anything, is shared among those that hold parameters.
+            inner, outer = ("embed", "mlp") if index % 2 == 0 or index == last else ("mlp", "embed")
             axes = (inner, None if index == last else outer)
             x = dense(
                 width, axes, stddev=self.stddev or (2 / x.shape[-1]) ** 0.5, name=f"layer_{index}",
