@@ -21,7 +21,7 @@ LIBRARY = {file: text for file, text in FILES.items() if file.startswith("vlpjax
 # neighbours: this alone rules out every circle.
 LAYERS = (
     ("main",),
-    ("trainer", "describe", "exchange"),
+    ("trainer", "describe", "exchange", "plan"),
     ("run",),
     ("step", "evaluators", "checkpoint", "workdir"),
     ("experiment", "state"),
@@ -29,9 +29,9 @@ LAYERS = (
     ("weights",),
     ("models",),
     ("parallel", "data"),
-    ("optim", "observe", "mesh", "processes"),
+    ("optim", "observe", "mesh", "processes", "planning", "flags"),
     ("config",),
-    ("rules", "durations"),
+    ("rules", "durations", "hardware"),
     ("errors",),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
