@@ -85,7 +85,7 @@ class Experiment:
             compute_dtype=dtype,
             precision_reason=reason,
             compiler_options=compiler_options(
-                (jax.devices() if devices is None else devices)[0].platform, config.compiler_options
+                (jax.devices() if devices is None else devices)[0], config.compiler_options
             ),
         )
 

@@ -7,46 +7,60 @@ MaxText's list, https://github.com/AI-Hypercomputer/maxtext/blob/main/benchmarks
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 from vlpjax.errors import UserError
 
-OPTIONS: dict[str, dict[str, str]] = {
-    "tpu": {
-        # Collectives are started early, and go on beside the matrix products that do not need them.
-        "xla_enable_async_all_gather": "true",
-        "xla_enable_async_all_reduce": "true",
-        "xla_enable_async_collective_permute": "true",
-        "xla_tpu_enable_async_all_to_all": "true",
-        "xla_tpu_enable_async_collective_fusion": "true",
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-        "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
-        "xla_tpu_overlap_compute_collective_tc": "true",
-        # Sums of gradients over the data-centre network wait until the next step needs them.
-        "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
-        "xla_tpu_data_parallel_opt_different_sized_ops": "true",
-    },
-    "gpu": {
-        "xla_gpu_enable_latency_hiding_scheduler": "true",
-        "xla_gpu_enable_while_loop_double_buffering": "true",
-        "xla_gpu_enable_pipelined_all_gather": "true",
-        "xla_gpu_enable_pipelined_reduce_scatter": "true",
-        "xla_gpu_enable_pipelined_all_reduce": "true",
-    },
-}
+# Regular expression of "platform-kind", as in config.mesh_rules -> options; those of all that match are taken.
+OPTIONS: tuple[tuple[str, dict[str, str]], ...] = (
+    (
+        "tpu-.*",
+        {
+            # Collectives are started early, and go on beside the matrix products that do not need them.
+            "xla_enable_async_all_gather": "true",
+            "xla_enable_async_all_reduce": "true",
+            "xla_enable_async_collective_permute": "true",
+            "xla_tpu_enable_async_collective_fusion": "true",
+            "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+            "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+            "xla_tpu_overlap_compute_collective_tc": "true",
+            # Sums of gradients over the data-centre network wait until the next step needs them.
+            "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
+            "xla_tpu_data_parallel_opt_different_sized_ops": "true",
+        },
+    ),
+    # The compiler refuses it for chips with two-dimensional links (v5e, v6e).
+    ("tpu-(?!.*lite).*", {"xla_tpu_enable_async_all_to_all": "true"}),
+    (
+        "gpu-.*",
+        {
+            "xla_gpu_enable_latency_hiding_scheduler": "true",
+            "xla_gpu_enable_while_loop_double_buffering": "true",
+            "xla_gpu_enable_pipelined_all_gather": "true",
+            "xla_gpu_enable_pipelined_reduce_scatter": "true",
+            "xla_gpu_enable_pipelined_all_reduce": "true",
+        },
+    ),
+)
 
 
-def compiler_options(platform: str, own: Sequence[str] = ()) -> dict[str, str]:
-    """The options for a platform; one device alone needs none, but takes the same.
+def compiler_options(device: Any, own: Sequence[str] = ()) -> dict[str, str]:
+    """The options for programs on such a device.
 
     Args:
-      platform: ``"tpu"``, ``"gpu"`` or ``"cpu"``.
+      device: one of those that the program is for.
       own: ``config.compiler_options``, which replace and add.
 
     Raises:
       UserError: an option that is not written ``"name=value"``.
     """
-    options = dict(OPTIONS.get(platform, {}))
+    hardware = f"{device.platform}-{device.device_kind}"
+    options: dict[str, str] = {}
+    for pattern, found in OPTIONS:
+        if re.fullmatch(pattern, hardware):
+            options |= found
     for item in own:
         name, equals, value = item.partition("=")
         if not equals or not name.strip():

@@ -9,6 +9,7 @@ own schedule (:mod:`vlpjax.planning.schedule`).  What it does not know is priced
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,11 +129,28 @@ def compile_step(run: Run, make: Any) -> Any:
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"The TPU compiler refuses this step: {reason[:400].rstrip('.')}; rematerialise more, raise "
-            "config.accumulate, or take more chips if it is memory."
-        ) from error
+        raise refusal(str(error)) from error
+
+
+class TooLarge(UserError):
+    """The compiler found no way to keep the step in a chip's memory."""
+
+
+def refusal(message: str) -> UserError:
+    """What the compiler says, as an error for the user."""
+    reason = " ".join(message.split())
+    needs = re.search(r"Used ([\d.]+\w*) of ([\d.]+\w*) hbm", reason)
+    if needs or "RESOURCE_EXHAUSTED" in reason:
+        held = (
+            f"needs {needs[1]} of {needs[2]}"
+            if needs
+            else f"exceeds a chip's memory ({reason[:200].rstrip('.')})"
+        )
+        return TooLarge(
+            f"This step does not fit: it {held}; rematerialise more, raise config.accumulate, lower the batch, or take "
+            "more chips."
+        )
+    return UserError(f"The TPU compiler refuses this step: {reason[:500].rstrip('.')}.")
 
 
 def prices_of(run: Run, chip: Chip) -> ChipPrices:

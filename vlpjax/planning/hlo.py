@@ -281,7 +281,7 @@ def device_groups(instruction: Instruction) -> tuple[tuple[int, ...], ...]:
 
 
 def _of_mesh(axes: str, along: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Groups along some axes of a mesh that is written as ``'axis'=size,...`` (a part of an axis as ``'axis':(m)k``)."""
+    """Groups along some axes of a mesh that is written as ``'axis'=size,...``."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     names = list(sizes)
     grid = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))

@@ -7,6 +7,7 @@ https://jax-ml.github.io/scaling-book/sharding).  An axis that does not close to
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from vlpjax.planning.hlo import Computation, Instruction, Shape
 
 # Seconds that a message takes to the next chip, whatever its size (the same source).
 HOP_SECONDS = 1e-6
-# Matrix products over all pairs of queries and keys that a kernel does, by what its name holds; the first that is found.
+# Matrix products over all pairs of queries and keys that a kernel does, by what its name holds; the first match counts.
 PRODUCTS = (
     ("query_gradient|dq", 3),  # logits, gradient of the weights, gradient of the queries
     ("key_value_gradient|dkv", 4),  # logits, gradients of the weights, the values and the keys
@@ -97,7 +98,7 @@ class Links:
         for axis in range(places.shape[1]):
             values = sorted(set(places[:, axis].tolist()))
             if len(values) > 1:
-                stride = min(b - a for a, b in zip(values, values[1:], strict=False))
+                stride = min(b - a for a, b in itertools.pairwise(values))
                 found.append((len(values), stride))
         return found
 

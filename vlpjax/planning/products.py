@@ -1,7 +1,7 @@
-"""FLOPs of the matrix products and convolutions in a compiled program, where the TPU compiler writes all as convolutions.
+"""FLOPs of matrix products and convolutions in a compiled program; the TPU compiler writes all as convolutions.
 
-What falls on padding or on the holes of a dilated operand is not counted: a batched matrix product becomes a convolution
-in which nearly everything else would be.
+What falls on padding or on the holes of a dilated operand is not counted: a batched matrix product becomes a
+convolution in which nearly everything else would be.
 """
 
 from __future__ import annotations

@@ -154,7 +154,8 @@ def _head(found: Plan) -> str:
     return "\n".join(
         [
             f"{found.name} on {found.topology}: {found.chips:,} chips{shown}",
-            f"mesh: {mesh}; {found.batch:,} examples{tokens} a step in {found.accumulate} part(s), {found.steps:,} steps",
+            f"mesh: {mesh}; {found.batch:,} examples{tokens} a step"
+            f"{f' in {found.accumulate} parts' if found.accumulate > 1 else ''}, {found.steps:,} steps",
             "all figures are per device: a chip shows as two" if shown else "all figures are per chip",
         ]
     )
@@ -230,7 +231,7 @@ def _largest(group: Totals) -> list[tuple[tuple[str, str], Any]]:
 
 
 def bound(found: Plan) -> str:
-    """What takes most of the step: ``"memory"`` (it does not fit), ``"communication"``, ``"attention"``, ``"compute"``."""
+    """What takes most of the step: "communication", "attention" or "compute"; "memory" where it does not fit."""
     line = found.timeline
     if not found.fits:
         return "memory"
@@ -243,33 +244,33 @@ def _advice(found: Plan) -> list[str]:
     line, memory = found.timeline, found.memory
     lines = [f"bound by: {bound(found)}"]
     if not found.fits:
+        state = memory.parameters + memory.optimizer + memory.teachers
         lines.append(
-            f"It does not fit: {gigabytes(memory.peak)} of {gigabytes(memory.capacity)}. "
+            f"It does not fit: {gigabytes(memory.peak)} of {gigabytes(memory.capacity)}.  "
             + (
-                'Temporaries are most of it: rematerialise more (remat="full"), raise config.accumulate, or lower the batch.'
-                if memory.temporaries > memory.parameters + memory.optimizer + memory.teachers
-                else "The state is most of it: shard it over more devices (mesh.fsdp, mesh.tensor) or take a smaller optimizer."
+                "Most of it is temporaries: rematerialise more, raise config.accumulate, or lower the batch."
+                if memory.temporaries > state
+                else "Most of it is the state: shard it over more devices, or take an optimizer that keeps less."
             )
         )
     if line.exposed > 0.1 * line.seconds and line.collectives:
         (kind, axes), total = _largest(line.collectives)[0]
         lines.append(
-            f"{line.exposed / line.seconds:.0%} of the step waits for data; the largest part is {kind} over {axes} "
-            f"({gigabytes(total.amount)}, {milliseconds(total.seconds)}): try more examples per chip, or a smaller {axes}."
+            f"{line.exposed / line.seconds:.0%} of the step waits for data, most of it for {kind} over {axes} "
+            f"({gigabytes(total.amount)}, {milliseconds(total.seconds)}): "
+            f"try more examples per chip, or a smaller {axes}."
         )
     work = found.compiled_flops / max(found.model_flops, 1.0)
     if found.fits and work > 1.2 and memory.peak < 0.7 * memory.capacity:
+        free = gigabytes(memory.capacity - memory.peak)
         lines.append(
-            f"The program computes {work:.2f} times the model's own FLOPs, and {gigabytes(memory.capacity - memory.peak)} "
-            "are free: rematerialise less."
+            f"The program computes {work:.2f} times the model's FLOPs, and {free} are free: rematerialise less."
         )
-    ideal = (
-        found.compiled_flops / found.devices - sum(total.amount for total in line.kernels.values())
-    ) / found.peak_flops
+    ideal = line.flops / found.peak_flops
     if ideal < 0.6 * line.compute:
         lines.append(
-            f"Matrix products are {ideal / line.compute:.0%} of the compute time: the rest is element-wise work and copies, "
-            "or products too small for the matrix units."
+            f"Matrix products at the chip's peak would be {ideal / line.compute:.0%} of the compute time; the rest is "
+            "element-wise work, copies, and products too small to fill the matrix units."
         )
     return lines + [f"note: {note}" for note in found.notes]
 
