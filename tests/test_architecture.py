@@ -20,7 +20,7 @@ LIBRARY = {file: text for file, text in FILES.items() if file.startswith("vlpjax
 # The parts of vlpjax from top to bottom.  A part imports from the lines below its own only, never from its
 # neighbours: this alone rules out every circle.
 LAYERS = (
-    ("main",),
+    ("main", "plans"),
     ("trainer", "describe", "exchange", "plan"),
     ("run",),
     ("step", "evaluators", "checkpoint", "workdir"),

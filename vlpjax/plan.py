@@ -192,7 +192,7 @@ def memory_of(run: Run, program: Any, chip: Chip) -> Memory:
         teachers=parts["teachers"],
         other=parts["objectives"] + parts["statistics"],
         batch=held,
-        temporaries=float(found.temp_size_in_bytes),
+        temporaries=float(found.peak_memory_in_bytes) - sum(parts.values()) - held,
         host=float(host),
     )
 

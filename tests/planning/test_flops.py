@@ -60,7 +60,9 @@ def test_the_rule_agrees_with_what_autodiff_computes() -> None:
 def test_attention_is_told_by_its_batch_of_heads_and_masks_leave_a_share_of_it() -> None:
     def attend(q: jax.Array, w: jax.Array) -> jax.Array:
         heads = (q @ w).reshape(1, 2, 4, 4)
-        return jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(jnp.einsum("bhqd,bhkd->bhqk", heads, heads)), heads)
+        return jnp.einsum(
+            "bhqk,bhkd->bhqd", jax.nn.softmax(jnp.einsum("bhqd,bhkd->bhqk", heads, heads)), heads
+        )
 
     found = of(attend, False, True)
     pairs = 2 * 2 * 4 * 4 * 4
@@ -73,7 +75,9 @@ def test_convolutions_count_their_windows() -> None:
 
     def patches(image: jax.Array, kernel: jax.Array) -> jax.Array:
         numbers = ("NHWC", "HWIO", "NHWC")
-        return jnp.sum(jax.lax.conv_general_dilated(image, kernel, (4, 4), "VALID", dimension_numbers=numbers))
+        return jnp.sum(
+            jax.lax.conv_general_dilated(image, kernel, (4, 4), "VALID", dimension_numbers=numbers)
+        )
 
     assert count(patches, (image, kernel), (False, True)).products == 2 * 2 * (2 * 2 * 2 * 16) * (4 * 4 * 3)
 

@@ -56,7 +56,7 @@ def test_trip_counts_are_those_of_the_comparison_or_of_what_the_compiler_states(
     main = program[program.entry]
     assert program.trip_count(main, main.instructions["while.1"]) == 9 - 2
     stated = read_program(
-        LOOP.replace('body=%body, ', 'body=%body, backend_config={"known_trip_count":{"n":"33"}}, ')
+        LOOP.replace("body=%body, ", 'body=%body, backend_config={"known_trip_count":{"n":"33"}}, ')
     )
     assert stated.trip_count(stated["main"], stated["main"].instructions["while.1"]) == 33
     reversed_ = LOOP.replace("compare(%index, %bound), direction=LT", "compare(%bound, %index), direction=GE")
@@ -83,7 +83,10 @@ def test_groups_of_devices_in_every_form() -> None:
 
 
 def test_bytes_of_types() -> None:
-    assert sum(shape.bytes for shape in shapes_in("(bf16[2,3]{1,0}, f32[], s4[8], pred[5]{0:T(512)})")) == 12 + 4 + 4 + 5
+    assert (
+        sum(shape.bytes for shape in shapes_in("(bf16[2,3]{1,0}, f32[], s4[8], pred[5]{0:T(512)})"))
+        == 12 + 4 + 4 + 5
+    )
 
 
 def test_text_that_is_no_program_is_refused() -> None:
@@ -101,7 +104,10 @@ def test_flops_of_products_leave_out_padding_and_holes() -> None:
     matrices = "  %a = bf16[64,32]{1,0} parameter(0)\n  %b = bf16[32,16]{1,0} parameter(1)"
     expected = 2 * 64 * 32 * 16
     assert flops(matrices, "bf16[64,16]{1,0} convolution(%a, %b), dim_labels=bf_io->bf") == expected
-    assert flops(matrices, "bf16[64,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}") == expected
+    assert (
+        flops(matrices, "bf16[64,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}")
+        == expected
+    )
     # A product of five pairs of matrices, as a convolution over a dilated window of which one place is never padding.
     batched = "  %a = bf16[5,64,32]{2,1,0} parameter(0)\n  %b = bf16[5,32,16]{2,1,0} parameter(1)"
     window = "window={size=5 stride=4 pad=0_0 lhs_dilate=5}, dim_labels=0bf_0io->0bf"

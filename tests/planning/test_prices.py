@@ -48,7 +48,9 @@ def test_a_gather_fills_both_directions_of_every_axis_that_closes() -> None:
     assert links.seconds("all-gather", MANY, line) == pytest.approx(MANY / 2 / RATE)
     assert links.seconds("all-gather", MANY, all_) == pytest.approx(MANY * 15 / 16 / (4 * RATE))
     assert links.seconds("reduce-scatter", MANY, ring) == links.seconds("all-gather", MANY, ring)
-    assert links.seconds("all-reduce", MANY, ring) == pytest.approx(2 * links.seconds("all-gather", MANY, ring))
+    assert links.seconds("all-reduce", MANY, ring) == pytest.approx(
+        2 * links.seconds("all-gather", MANY, ring)
+    )
 
 
 def test_groups_that_lie_between_one_another_share_the_links() -> None:
@@ -59,7 +61,9 @@ def test_groups_that_lie_between_one_another_share_the_links() -> None:
 def test_all_to_all_is_what_crosses_the_middle() -> None:
     links = torus((8,), dict(fsdp=8))
     # Four chips on either side, each with half of its bytes for the other one, over two links.
-    assert links.seconds("all-to-all", MANY, [tuple(range(8))]) == pytest.approx(4 * MANY / 2 / (2 * RATE) / 1)
+    assert links.seconds("all-to-all", MANY, [tuple(range(8))]) == pytest.approx(
+        4 * MANY / 2 / (2 * RATE) / 1
+    )
 
 
 def test_a_permutation_takes_its_longest_way_around_the_ring() -> None:

@@ -51,7 +51,9 @@ def test_a_collective_in_one_instruction_stops_everything() -> None:
 
 
 @pytest.mark.parametrize(("between", "exposed"), [(3, 5), (8, 0), (20, 0)])
-def test_a_collective_between_start_and_done_is_hidden_by_what_is_computed_there(between: int, exposed: int) -> None:
+def test_a_collective_between_start_and_done_is_hidden_by_what_is_computed_there(
+    between: int, exposed: int
+) -> None:
     line = played(
         f"  %s = (s8[4]{{0}}, s8[8]{{0}}) all-gather-start(%x), {GATHER}\n"
         f"  %a = s8[4]{{0}} add(%x, %x), {times(between)}\n"

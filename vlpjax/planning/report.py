@@ -21,7 +21,7 @@ class Memory:
       parameters, optimizer, teachers, other: parts of the state that a step begins with; ``other`` are the states of
         objectives and statistics.
       batch: the step's input.
-      temporaries: activations, gradients and buffers of communication.
+      temporaries: what the peak holds beside them: activations, gradients, buffers of communication.
       host: held in the host's memory.
     """
 
