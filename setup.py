@@ -1,8 +1,8 @@
 """Installs vlpjax: ``pip install -e '.[cpu]'``.
 
 The core trains, evaluates and reports on any hardware; extras choose the accelerator (``cpu``, ``tpu``,
-``cuda``) and add the programs around training (``data``, ``beam``, ``torch``, ``gguf``, ``launch``, ``plan``) and the tools
-of its developers (``dev``).  ``constraints.txt`` holds the exact versions that the checks run with.
+``cuda``) and add the programs around training (``data``, ``beam``, ``torch``, ``gguf``, ``launch``, ``plan``) and
+the tools of its developers (``dev``).  ``constraints.txt`` holds the exact versions that the checks run with.
 """
 
 import re

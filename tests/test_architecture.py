@@ -29,9 +29,9 @@ LAYERS = (
     ("weights",),
     ("models",),
     ("parallel", "data"),
-    ("optim", "observe", "mesh", "processes", "planning", "flags"),
+    ("optim", "observe", "mesh", "processes", "hardware", "planning", "flags"),
     ("config",),
-    ("rules", "durations", "hardware"),
+    ("rules", "durations"),
     ("errors",),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
