@@ -1,8 +1,8 @@
 """The bodies of the TPU kernels of :mod:`vlpjax.parallel.tpu_flash`: what is computed for one tile of logits.
 
-A tile is ``[query tile, key tile]`` logits of one head.  A grid step holds one tile of keys and the same tile of queries
-of all heads that share those keys, so that keys are fetched once for the group.  Tiles that every query of theirs sees
-whole are computed without masks, on which the vector unit would otherwise spend a third of its time.
+A tile is ``[query tile, key tile]`` logits of one head.  A grid step holds one tile of keys, and one tile of queries of
+all heads that share those keys, so that keys are fetched once for the group.  Tiles that hide nothing are computed
+without masks, which would cost the vector unit a third more.
 
 Numbers per query (interval, maximum, sum, log-sum-exp) are rows in memory, [1, queries]; where a kernel needs them as
 columns, they are turned once per tile of queries and stand repeated along all 128 lanes.

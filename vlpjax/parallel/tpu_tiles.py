@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
@@ -210,7 +211,7 @@ class Work:
         """The grid that sums over keys.  Past the last tile of keys it stays there, and nothing new is fetched."""
         bound = Bounds.read(bounds, self.row(batch, tile))
         key_tile = jnp.minimum(bound.first + step, jnp.maximum(bound.last - 1, 0))
-        return Place(batch, part, tile, part // self.parts, key_tile)
+        return Place(batch, part, tile, jax.lax.div(part, np.int32(self.parts)), key_tile)
 
     def by_key(
         self, batch: Any, group: Any, tile: Any, part: Any, step: Any, _: Any, key_bounds: Any
