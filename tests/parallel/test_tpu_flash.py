@@ -3,152 +3,150 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.tiny import most_optimizations_off
 from vlpjax.errors import UserError
 from vlpjax.parallel.attention import Interval, attend, causal, intersect, prefix, segments
 from vlpjax.parallel.tpu_flash import backward, forward
 from vlpjax.parallel.tpu_tiles import Tables, Tiles
 
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_to_compile() -> Iterator[None]:
+    with most_optimizations_off():
+        yield
+
+
 SMALL = Tiles(query=128, key=128)
 SCALE = 0.2
+B, LENGTH, H, G, D = 2, 330, 4, 2, 16
+Arrays = tuple[jax.Array, ...]
 
 
-def packed(length: int, batch: int = 2) -> Interval:
+def packed() -> Interval:
     """Documents of odd lengths, each causal, and padding at the end, which sees nothing."""
-    cuts = [
-        np.searchsorted([37, 150, 300, length - 19], np.arange(length), "right") + 1 for _ in range(batch)
-    ]
-    ids = np.stack(cuts)
-    ids[:, length - 19 :] = 0
+    index = np.arange(LENGTH)
+    ids = np.stack([np.searchsorted([37, 150, 290, LENGTH - 19], index, "right") + 1] * B)
+    ids[:, LENGTH - 19 :] = 0
     ids[1:, :90] = 7
-    return intersect(causal(length), segments(jnp.asarray(ids)))
+    return intersect(causal(LENGTH), segments(jnp.asarray(ids)))
 
 
-def blocks(length: int) -> Interval:
+def blocks() -> Interval:
     """A causal sequence with two blocks that see themselves in both directions, such as images in a text."""
-    index = np.arange(length)
-    start, end = np.zeros(length, int), index + 1
+    index = np.arange(LENGTH)
+    start, end = np.zeros(LENGTH, int), index + 1
     for first, last in ((20, 140), (200, 290)):
         end[first:last] = last
-    start[220:260] = 100  # and some that see no beginning
+    start[220:260] = 100  # and some that do not see the beginning
     return Interval(jnp.asarray(start)[None], jnp.asarray(end)[None])
 
 
-def scattered(queries: int, keys: int, batch: int = 2) -> Interval:
+def scattered(queries: int, keys: int, rows: int) -> Interval:
     """Any interval for any query, many of them empty."""
     rng = np.random.default_rng(5)
-    return Interval(*(jnp.asarray(rng.integers(0, keys + 1, (batch, queries)), jnp.int32) for _ in range(2)))
+    return Interval(*(jnp.asarray(rng.integers(0, keys + 1, (rows, queries)), jnp.int32) for _ in range(2)))
 
 
-CASES: dict[str, tuple[int, int, int, int, int, Interval, float | None]] = {
-    # queries, keys, heads, groups, head_dim, interval, soft cap
-    "causal, uneven": (300, 300, 2, 2, 16, causal(300), None),
-    "window": (384, 384, 2, 1, 16, causal(384, window=100), None),
-    "packed": (400, 400, 2, 2, 16, packed(400), None),
-    "prefix of other keys": (130, 260, 2, 2, 16, prefix(jnp.array([256, 7]), 130), None),
-    "blocks, 4 heads to 1": (320, 320, 4, 1, 16, blocks(320), None),
-    "anything, 6 heads to 2, capped": (200, 300, 6, 2, 16, scattered(200, 300), 2.0),
-    "everything, wide heads": (128, 256, 1, 1, 160, Interval(jnp.zeros((1, 128)), jnp.full((1, 128), 256)), None),
-}  # fmt: skip
+MASKS = {
+    "causal": lambda: causal(LENGTH),
+    "window": lambda: causal(LENGTH, window=100),
+    "packed": packed,
+    "prefix": lambda: prefix(jnp.array([LENGTH + 3, 7]), LENGTH),
+    "blocks": blocks,
+    "anything": lambda: scattered(LENGTH, LENGTH, B),
+}
 
 
-def tensors(case: str, dtype: jnp.dtype = jnp.float32) -> tuple[jax.Array, ...]:
-    queries, keys, heads, groups, head_dim, *_ = CASES[case]
-    rng = np.random.default_rng(len(case))
+def mask(name: str) -> Interval:
+    """An interval of its own for each example, so that all masks are run by one program."""
+    return Interval(*(jnp.broadcast_to(edge, (B, LENGTH)).astype(jnp.int32) for edge in MASKS[name]()))
+
+
+def tensors(
+    dtype: Any = jnp.float32, queries: int = LENGTH, heads: tuple[int, int] = (H, G), width: int = D
+) -> Arrays:
+    """Queries, keys, values, and a gradient of the mixed values."""
+    rng = np.random.default_rng(0)
     shapes = [
-        (2, queries, heads, head_dim),
-        *[(2, keys, groups, head_dim)] * 2,
-        (2, queries, heads, head_dim),
+        (B, queries, heads[0], width),
+        *[(B, LENGTH, heads[1], width)] * 2,
+        (B, queries, heads[0], width),
     ]
     return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
 
 
-def dense(case: str, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+@functools.partial(jax.jit, static_argnames=("soft_cap",))
+def dense(interval: Interval, *arrays: jax.Array, soft_cap: float | None = None) -> Arrays:
     """Values and gradients of the oracle."""
-    interval, soft_cap = CASES[case][5:]
-
-    @jax.jit
-    def run(query: jax.Array, key: jax.Array, value: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
-        def mix(*qkv: jax.Array) -> jax.Array:
-            return attend(*qkv, interval, scale=SCALE, soft_cap=soft_cap).mixed
-
-        mixed, pull = jax.vjp(mix, query, key, value)
-        return (mixed, *pull(gradient))
-
-    return run(*arrays)
+    mixed, pull = jax.vjp(
+        lambda *qkv: attend(*qkv, interval, scale=SCALE, soft_cap=soft_cap).mixed, *arrays[:3]
+    )
+    return (mixed, *pull(arrays[3]))
 
 
-def ours(case: str, arrays: tuple[jax.Array, ...], tiles: Tiles = SMALL) -> tuple[jax.Array, ...]:
-    """Values and gradients of the kernels."""
-    interval, soft_cap = CASES[case][5:]
-    options = dict(scale=SCALE, soft_cap=soft_cap, tiles=tiles, interpret=True)
-
-    @jax.jit
-    def run(query: jax.Array, key: jax.Array, value: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
-        mixed, lse = forward(query, key, value, interval, **options)
-        return (mixed, *backward(query, key, value, interval, mixed, lse, gradient, **options))
-
-    return run(*arrays)
+@functools.partial(jax.jit, static_argnames=("soft_cap", "tiles"))
+def ours(
+    interval: Interval, *arrays: jax.Array, soft_cap: float | None = None, tiles: Tiles = SMALL
+) -> tuple[Arrays, jax.Array]:
+    """Values and gradients of the kernels, and the log-sum-exp."""
+    options: dict[str, Any] = dict(scale=SCALE, soft_cap=soft_cap, tiles=tiles, interpret=True)
+    mixed, lse = forward(*arrays[:3], interval, **options)
+    return (mixed, *backward(*arrays[:3], interval, mixed, lse, arrays[3], **options)), lse
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients_are_those_of_dense_attention(case: str) -> None:
-    arrays = tensors(case)
-    for got, expected in zip(ours(case, arrays), dense(case, arrays), strict=True):
+@pytest.mark.parametrize("name", MASKS)
+def test_values_and_gradients_are_those_of_dense_attention(name: str) -> None:
+    for got, expected in zip(ours(mask(name), *tensors())[0], dense(mask(name), *tensors()), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_and_so_with_other_lengths_wide_heads_a_soft_cap_and_one_interval_for_all() -> None:
+    interval = scattered(140, LENGTH, 1)
+    arrays = tensors(queries=140, heads=(6, 1), width=160)
+    got = ours(interval, *arrays, soft_cap=2.0, tiles=Tiles(128, 256, heads=3))[0]  # the group in two parts
+    for x, expected in zip(got, dense(interval, *arrays, soft_cap=2.0), strict=True):
+        np.testing.assert_allclose(x, expected, rtol=1e-5, atol=2e-5)
+
+
 def test_bfloat16_is_as_near_as_its_rounding() -> None:
-    exact = dense("packed", tensors("packed"))
-    got = ours("packed", tensors("packed", jnp.bfloat16))
+    exact = dense(mask("packed"), *tensors())
+    got = ours(mask("packed"), *tensors(jnp.bfloat16))[0]
     assert got[0].dtype == jnp.bfloat16
     assert {x.dtype for x in got[1:]} == {jnp.dtype(jnp.float32)}
     for x, expected in zip(got, exact, strict=True):
         np.testing.assert_allclose(x.astype(jnp.float32), expected, rtol=0.05, atol=0.05)
 
 
-def test_a_group_of_heads_in_parts_gives_the_same() -> None:
-    case = "blocks, 4 heads to 1"
-    arrays = tensors(case)
-    together, apart = (ours(case, arrays, Tiles(128, 128, heads)) for heads in (4, 2))
-    for got, expected in zip(apart, together, strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
-
-
 def test_a_query_that_sees_nothing_gets_zero_and_minus_infinity() -> None:
-    case = "packed"
-    query, key, value, gradient = tensors(case)
-    interval = CASES[case][5]
-    mixed, lse = forward(query, key, value, interval, scale=SCALE, tiles=SMALL, interpret=True)
+    interval = mask("packed")
+    (mixed, d_query, *_), lse = ours(interval, *tensors())
     blind = np.asarray(interval.start >= interval.end)
     assert blind.any()
     assert not np.asarray(mixed)[blind].any()
-    assert np.array_equal(np.isneginf(np.moveaxis(np.asarray(lse), 1, 2)).all(-1), blind)
-    assert np.isfinite(np.asarray(lse)).sum() == (~blind).sum() * query.shape[2]
-    d_query, *_ = backward(
-        query, key, value, interval, mixed, lse, gradient, scale=SCALE, tiles=SMALL, interpret=True
-    )
     assert not np.asarray(d_query)[blind].any()
+    assert np.array_equal(np.isneginf(np.asarray(lse)), np.broadcast_to(blind[:, None], lse.shape))
+    assert np.isfinite(np.asarray(lse)).sum() == (~blind).sum() * H
 
 
 def test_parts_of_the_keys_give_their_share_of_the_gradients() -> None:
     """What ring attention does: the log-sum-exp and the values are of all keys, the keys are those at hand."""
-    case, cut = "packed", 170
-    query, key, value, gradient = tensors(case)
-    interval = CASES[case][5]
-    options = dict(scale=SCALE, tiles=SMALL, interpret=True)
-    mixed, lse = forward(query, key, value, interval, **options)
-    whole = backward(query, key, value, interval, mixed, lse, gradient, **options)
+    query, key, value, gradient = tensors()
+    interval, half = mask("packed"), LENGTH // 2
+    (mixed, *whole), lse = ours(interval, query, key, value, gradient)
+    run = jax.jit(functools.partial(backward, scale=SCALE, tiles=SMALL, interpret=True))
     parts = []
-    for first, last in ((0, cut), (cut, key.shape[1])):
-        seen = Interval(*(jnp.clip(edge - first, 0, last - first) for edge in interval))
-        part = (query, key[:, first:last], value[:, first:last], seen, mixed, lse, gradient)
-        parts.append(backward(*part, **options))
+    for first in (0, half):
+        here = slice(first, first + half)
+        seen = Interval(*(jnp.clip(edge - first, 0, half) for edge in interval))
+        parts.append(run(query, key[:, here], value[:, here], seen, mixed, lse, gradient))
     np.testing.assert_allclose(parts[0][0] + parts[1][0], whole[0], rtol=1e-5, atol=1e-5)
     for index in (1, 2):
         joined = jnp.concatenate([part[index] for part in parts], axis=1)
@@ -157,16 +155,13 @@ def test_parts_of_the_keys_give_their_share_of_the_gradients() -> None:
 
 def test_keys_that_no_tile_sees_are_never_read() -> None:
     """Poison in them would show, as zero times NaN is NaN."""
-    length, window = 640, 64
-    interval = Interval(*(edge[:, 512:] for edge in causal(length, window)))
-    rng = np.random.default_rng(0)
-    query, gradient = (jnp.asarray(rng.normal(size=(1, 128, 1, 8)), jnp.float32) for _ in range(2))
-    key, value = (jnp.asarray(rng.normal(size=(1, length, 1, 8)), jnp.float32) for _ in range(2))
-    key, value = (x.at[:, :384].set(jnp.nan) for x in (key, value))
-    options = dict(scale=SCALE, tiles=SMALL, interpret=True)
-    mixed, lse = forward(query, key, value, interval, **options)
-    found = backward(query, key, value, interval, mixed, lse, gradient, **options)
-    assert all(np.isfinite(x).all() for x in (mixed, lse, *found))
+    query, key, value, gradient = tensors()
+    start, end = mask("causal")
+    interval = Interval(jnp.maximum(start, 130), end)
+    poisoned = [x.at[:, :128].set(jnp.nan) for x in (key, value)]
+    arrays, lse = ours(interval, query, *poisoned, gradient)
+    assert all(np.isfinite(x).all() for x in arrays)
+    assert not np.isnan(lse).any()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -176,13 +171,12 @@ def test_tables_hold_what_tiles_see(seed: int) -> None:
     start = np.sort(rng.integers(0, keys, queries))
     end = np.minimum(start + rng.integers(0, 300, queries), keys)
     start[256:384], end[256:384] = 50, 45  # one tile of queries sees nothing
-    mask = (np.arange(keys) >= start[:, None]) & (np.arange(keys) < end[:, None])
-    seen = np.stack(
-        [[mask[q : q + 128, k : k + 256].any() for k in range(0, keys, 256)] for q in range(0, 512, 128)]
-    )
-    whole = np.stack(
-        [[mask[q : q + 128, k : k + 256].all() and k + 256 <= keys for k in range(0, keys, 256)] for q in range(0, 512, 128)]
-    )  # fmt: skip
+    shown = (np.arange(keys) >= start[:, None]) & (np.arange(keys) < end[:, None])
+    cuts = [
+        [(slice(q, q + 128), slice(k, k + 256)) for k in range(0, keys, 256)] for q in range(0, queries, 128)
+    ]
+    seen = np.array([[shown[cut].any() for cut in row] for row in cuts])
+    whole = np.array([[shown[cut].all() and cut[1].stop <= keys for cut in row] for row in cuts])
     table = Tables.of(jnp.asarray(np.stack([start, end]))[None], keys, tiles)
     for row, (first, last, whole_first, whole_last) in enumerate(np.asarray(table.queries).reshape(-1, 4)):
         hull = np.flatnonzero(seen[row])
