@@ -19,6 +19,6 @@ class Embedding(nn.Embed):
     """
 
     def __call__(self, inputs: Int[Array, "*shape"]) -> Float[Array, "*shape features"]:
-        (table,) = self.promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
+        table = jnp.asarray(self.embedding, self.dtype)
         rows: jax.Array = jnp.take(constrain(table, "vocabulary", None), inputs, axis=0)
         return rows
