@@ -1,4 +1,4 @@
-"""Several processes find one another, each reads its own part of the data, and who stays away is told."""
+"""Several processes find one another, read their own parts and train as one; who stays away is told."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.processes_tiny import BATCH, STEPS
-from tests.tiny import ROOT
+from tests.processes_tiny import BATCH, STEPS, source, train
+from tests.tiny import ROOT, assert_trees_close
+from vlpjax.checkpoint import load_params
 from vlpjax.errors import UserError
 from vlpjax.processes import join
 
@@ -92,23 +95,40 @@ def by_open_mpi(count: int) -> Iterator[tuple[list[str], dict[str, str]]]:
         )
 
 
-@pytest.mark.parametrize(
-    ("way", "count"), [(by_arguments, 2), (by_arguments, 4), (by_slurm, 2), (by_open_mpi, 2)]
-)
-def test_each_process_reads_the_rows_of_its_devices_and_all_see_the_whole_batch(way: Any, count: int) -> None:
-    said: list[dict[str, Any]] = []
-    for code, output, errors in together(*way(count)):
+def said_by(*processes: tuple[list[str], dict[str, str]]) -> list[dict[str, Any]]:
+    """What processes say that all end well."""
+    found = []
+    for code, output, errors in together(*processes):
         assert code == 0, errors
-        said.append(json.loads(output.splitlines()[-1]))  # after what Gloo says
-    assert [one["process"] for one in said] == list(range(count))
-    assert all((one["processes"], one["devices"]) == (count, 2 * count) for one in said)
-    everything = list(range(BATCH * STEPS))
+        found.append(json.loads(output.splitlines()[-1]))  # after what Gloo says
+    assert [one["process"] for one in found] == list(range(len(processes)))
+    assert all((one["processes"], one["devices"]) == (len(processes), 2 * len(processes)) for one in found)
+    return found
+
+
+def test_processes_find_one_another_under_open_mpi() -> None:
+    said_by(*by_open_mpi(2))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], Any]:
+    """Losses and last parameters of one process with all devices."""
+    workdir = tmp_path_factory.mktemp("alone")
+    return train(str(workdir), source()), load_params(str(workdir))
+
+
+@pytest.mark.parametrize(("way", "count"), [(by_slurm, 2), (by_arguments, 4)])
+def test_processes_read_their_own_parts_and_train_and_save_as_one(
+    alone: tuple[list[float], Any], tmp_path: Path, way: Any, count: int
+) -> None:
+    said = said_by(*(([*line, f"--workdir={tmp_path}"], env) for line, env in way(count)))
     share = BATCH // count
     for one in said:
-        rows = [row for row in everything if row % BATCH // share == one["process"]]
+        rows = [row for row in range(BATCH * STEPS) if row % BATCH // share == one["process"]]
         assert sorted(set(one["asked"])) == rows
-    whole = [float(sum(everything[step * BATCH : (step + 1) * BATCH])) for step in range(STEPS)]
-    assert all(one["sums"] == whole for one in said)
+        np.testing.assert_allclose(one["losses"], alone[0], rtol=1e-5)
+    # A program with other devices than those that saved reads what they saved.
+    assert_trees_close(load_params(str(tmp_path)), alone[1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -55,6 +56,18 @@ def test_a_run_is_described_where_its_data_is_not() -> None:
     assert f"image float32[{BATCH}, {SIZE}, {SIZE}, 3]" in text
     assert "epochs of 400,000,000" in text
     assert "compiled step" in text
+    lines = [re.split(r"\s{2,}", line) for line in text.splitlines()]
+    columns = ["parameter", "shape", "axes", "sharding", "bytes/device", "initial", "rate", "decay"]
+    (kernel,) = [line for line in lines if line[0] == "image/block_0/attention/query/kernel"]
+    row = dict(zip(columns, kernel, strict=True))
+    assert columns in lines
+    assert (row["shape"], row["axes"]) == ("16x2x8", "embed, heads, head_dim")
+    assert (row["sharding"], row["bytes/device"]) == ("fsdp, -, -", str(4 * 16 * 2 * 8 // 8))
+    assert (row["rate"], row["decay"]) == ("1", "1") and row["initial"].startswith("normal")
+    rows = [line for line in lines[lines.index(columns) + 2 :] if len(line) == len(columns)]
+    sizes = [int(line[4].replace(",", "")) for line in rows]
+    (total,) = [line for line in lines if line[0] == "all"]
+    assert total[2] == f"{sum(sizes):,}"
 
 
 def test_what_is_declared_and_is_not_so_is_told_where_the_data_is() -> None:

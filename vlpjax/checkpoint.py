@@ -139,9 +139,15 @@ class Checkpoints:
         return {"params": chosen} | ({"batch_stats": statistics} if statistics else {})
 
     def _restore_fields(self, step: int) -> dict[str, Any]:
+        """The whole state on this process's first device, whichever devices saved it."""
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         with self._told(step):
+            stored = ocp.StandardCheckpointHandler().metadata(self.directory / str(step) / "state").tree
+            target = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), stored
+            )
             state: dict[str, Any] = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore())
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
             ).state
         return state
 

@@ -97,7 +97,7 @@ def describe(config: ConfigDict) -> str:
                 (
                     row.name,
                     "x".join(map(str, row.shape)) or "scalar",
-                    "-" if row.axes is None else ", ".join(str(axis) for axis in row.axes),
+                    ", ".join(str(axis) for axis in row.axes or ()) or "-",
                     row.sharding,
                     f"{row.bytes_per_device:,}",
                     row.initializer,

@@ -35,7 +35,7 @@ SYSTEM = dict(
 PROOF = dict(
     against="experiments/contrastive/clip.py:small",
     metrics=("style/image_to_text/recall@1", "style/text_to_image/recall@1"),
-    settings=("duration=400 steps", "towers.image.patch=8", "data.train.batch_size=64"),
+    settings=("duration=200 steps", "towers.image.patch=8", "data.train.batch_size=64"),
 )
 IMAGES, TEXTS = ("image", "image1", "image2"), ("text", "text1", "text2")
 

@@ -32,7 +32,7 @@ SYSTEM = dict(
 PROOF = dict(
     against="experiments/contrastive/clip.py:small",
     metrics=("knn/k5/top1", "style/image_to_text/recall@1", "style/text_to_image/recall@1"),
-    settings=("duration=400 steps", "towers.image.patch=8", "data.train.batch_size=64"),
+    settings=("duration=200 steps", "towers.image.patch=8", "data.train.batch_size=64"),
 )
 VIEWS = ("view1", "view2")
 # Drawings fill their frame, and 32 pixels are blurred as it is.

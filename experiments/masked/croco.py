@@ -30,7 +30,8 @@ SYSTEM = dict(
     paper="CroCo: Self-Supervised Pre-training for 3D Vision Tasks by Cross-View Completion, arXiv 2210.10716",
     here="one tower for both views, a decoder that attends to the second; pairs of overlapping crops",
     published="above MAE on depth and optical flow after fine-tuning",
-    measured="not measured yet",
+    measured="shifted noise: loss 0.249 with the true second view, 1.642 with another image's "
+    "(`tests/systems/test_croco.py`)",
 )
 VIEWS = ("view1", "view2")
 

@@ -23,7 +23,8 @@ SYSTEM = dict(
     paper="Position Prediction as an Effective Pretraining Strategy, arXiv 2207.07611",
     here="a tower without positions, keys restricted to a random context in every block, one class per place",
     published="above supervised ViTs and MoCo v3 at 100 epochs, below MAE",
-    measured="not measured yet",
+    measured="textures under a ramp, 16 places: accuracy 0.94 with all patches as context, 0.51 with a quarter "
+    "(`tests/systems/test_mp3.py`)",
 )
 TOWER: dict[str, Any] = dict(patch_bias=True, class_tokens=0, positions="none", pool="mean", pre_norm=False)
 

@@ -33,7 +33,8 @@ SYSTEM = dict(
     paper="No More Adam: Learning Rate Scaling at Initialization is All You Need, arXiv 2412.11768",
     here="momentum SGD with a signal-to-noise ratio per parameter as its rate, measured at the first step",
     published="ViT-S/16 on ImageNet-1k: on a par with AdamW, with half of the optimizer's state",
-    measured="not measured yet",
+    measured="not on a par here: text->image R@1 2.6 ± 0.6 % against AdamW's 5.3 ± 0.9 % after 200 steps, 3 seeds "
+    "(`python tools/compare.py experiments/optimizers/sgd_sai.py`)",
 )
 PROOF = dict(
     against="experiments/optimizers/sgd_sai.py:small,optimizer=adamw",

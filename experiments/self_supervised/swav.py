@@ -30,7 +30,7 @@ SYSTEM = dict(
     paper="Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, arXiv 2006.09882",
     here="Sinkhorn over the global batch and an optional queue, unit prototypes, multi-crop",
     published="ResNet-50, 800 epochs, 2x224 + 6x96: 75.3 % linear probe on ImageNet",
-    measured="not measured yet",
+    measured="entropy of the prototypes' use, of its maximum: 0.988 balanced, 9e-8 not (`tests/systems/test_swav.py`)",
 )
 BATCH = 4096
 

@@ -17,6 +17,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vlpjax.errors import UserError
+from vlpjax.models.embedding import Embedding
 from vlpjax.models.heads import Projection
 from vlpjax.models.layers import Attention, Block, named, norm
 from vlpjax.models.stack import Stack
@@ -143,7 +144,7 @@ class UnimodalText(nn.Module):
         if count > self.length:
             raise UserError(f"The text tower takes {self.length} tokens, but the batch has {count}.")
         table = named(nn.initializers.normal(0.02), "vocabulary", "embed")
-        tokens = nn.Embed(
+        tokens = Embedding(
             self.vocabulary, self.width, dtype=self.dtype, embedding_init=table, name="token_embedding"
         )(ids)
         initial = named(nn.initializers.normal(0.01), "position", "embed")

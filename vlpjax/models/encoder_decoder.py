@@ -18,6 +18,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vlpjax.errors import UserError
+from vlpjax.models.embedding import Embedding
 from vlpjax.models.layers import Block, CrossKeyValues, KeyValues, dense, named, norm
 from vlpjax.models.stack import Stack
 from vlpjax.parallel.attention import Interval, prefix
@@ -177,7 +178,7 @@ class EncoderDecoder(nn.Module):
     dtype: Any = None
 
     def setup(self) -> None:
-        self.token_embedding = nn.Embed(
+        self.token_embedding = Embedding(
             self.vocabulary,
             self.width,
             dtype=self.dtype,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from vlpjax.errors import UserError
 from vlpjax.mesh import constrain
+from vlpjax.models.embedding import Embedding
 from vlpjax.models.heads import Projection
 from vlpjax.models.layers import Attention, Mlp, named, norm
 from vlpjax.models.patches import PatchEmbedding
@@ -160,7 +161,7 @@ class Multiway(nn.Module):
         if ids.shape[1] > self.length:
             raise UserError(f"The tower takes {self.length} tokens, but the batch has {ids.shape[1]}.")
         table = named(nn.initializers.normal(0.02), "vocabulary", "embed")
-        embed = nn.Embed(
+        embed = Embedding(
             self.vocabulary, self.width, dtype=self.dtype, embedding_init=table, name="token_embedding"
         )
         return self._with_class(TEXT, embed(ids), self.length)

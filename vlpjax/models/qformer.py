@@ -14,6 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vlpjax.errors import UserError
+from vlpjax.models.embedding import Embedding
 from vlpjax.models.heads import Projection
 from vlpjax.models.layers import Attention, Mlp, named, norm
 from vlpjax.parallel.attention import Interval, prefix
@@ -230,7 +231,7 @@ class QFormer(nn.Module):
                 f"The Q-Former takes texts of {self.length} tokens, but the batch has {ids.shape[1]}."
             )
         table = named(nn.initializers.normal(0.02), "vocabulary", "embed")
-        tokens = nn.Embed(
+        tokens = Embedding(
             self.vocabulary, self.width, dtype=self.dtype, embedding_init=table, name="token_embedding"
         )(ids)
         initial = named(nn.initializers.normal(0.02), "position", "embed")

@@ -16,6 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.errors import UserError
+from vlpjax.models.embedding import Embedding
 from vlpjax.models.heads import Projection
 from vlpjax.models.layers import Block, activation, dense, named, norm
 from vlpjax.models.positions_2d import sincos_positions
@@ -188,12 +189,12 @@ class TextTransformer(nn.Module):
         if types is not None and not self.types:
             raise UserError("The text tower was given token types, but has types=0.")
         table = named(nn.initializers.normal(0.02), "vocabulary", "embed")
-        tokens = nn.Embed(
+        tokens = Embedding(
             self.vocabulary, self.width, dtype=self.dtype, embedding_init=table, name="token_embedding"
         )(ids)
         tokens = self.embed_scale * tokens + self._positions(ids.shape[-1]).astype(tokens.dtype)  # [B, L, D]
         if self.types:
-            kinds = nn.Embed(
+            kinds = Embedding(
                 self.types,
                 self.width,
                 dtype=self.dtype,
