@@ -29,7 +29,7 @@ from vlpjax.data.sources import WebDataset
 from vlpjax.experiment import base_config
 from vlpjax.models.vit import ViT
 from vlpjax.objectives.classification import Classification
-from vlpjax.optim.optimizer import Optimizer
+from vlpjax.optim.optimizer import Optimizer, Schedule
 
 
 def get_config():
@@ -42,7 +42,8 @@ def get_config():
     config.objectives = dict(classify=dict(weight=1.0, loss=spec(Classification, tower="image", classes=256)))
     config.data = dict(example=dict(image="float32[64,64,3]", label="int32[]"), examples=10_000)
     config.data.train = spec(Pipeline, source=spec(WebDataset, tars="nowhere/0.tar"), transforms={}, batch_size=64)
-    config.optimizer = spec(Optimizer, direction=spec(optax.scale_by_adam), learning_rate=1e-3)
+    adam = spec(optax.scale_by_adam)
+    config.optimizer = spec(Optimizer, direction=adam, learning_rate=1e-3, schedule=spec(Schedule))
     config.mesh_rules = (("tpu-TPU v5 lite-8", {"mesh.fsdp": 4, "mesh.tensor": 2}),)
     return config
 '''
