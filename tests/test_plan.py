@@ -205,6 +205,24 @@ def test_mistakes_are_one_sentence(experiment: Path, monkeypatch: pytest.MonkeyP
         topology.require_compiler()
 
 
+def test_the_compiler_alone_makes_no_machine_look_for_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def platforms(chips: list[str], packages: tuple[str, ...], chosen: str | None = None) -> str | None:
+        monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+        if chosen is not None:
+            monkeypatch.setenv("JAX_PLATFORMS", chosen)
+        with monkeypatch.context() as patch:
+            patch.setattr(topology.glob, "glob", lambda pattern: chips)
+            patch.setattr(topology.importlib.util, "find_spec", lambda name: name in packages or None)
+            topology.ignore_absent_chips()
+        return os.environ.get("JAX_PLATFORMS")
+
+    assert platforms([], ("libtpu",)) == "cpu"
+    assert platforms([], ("libtpu",), chosen="tpu") == "tpu"
+    assert platforms([], ()) is None
+    assert platforms(["/dev/accel0"], ("libtpu",)) is None
+    assert platforms([], ("libtpu", "jax_cuda12_plugin")) is None
+
+
 def test_shares_are_checked() -> None:
     config = model_config()
     config.plan.topology = "v5e:2x2"
