@@ -62,6 +62,13 @@ def test_trip_counts_are_those_of_the_comparison_or_of_what_the_compiler_states(
     reversed_ = LOOP.replace("compare(%index, %bound), direction=LT", "compare(%bound, %index), direction=GE")
     program = read_program(reversed_)
     assert program.trip_count(program["main"], program["main"].instructions["while.1"]) == 9 - 2 + 1
+    by_three = LOOP.replace("tuple(%state)", "tuple(%next, %state)").replace(
+        "  ROOT %tuple.1",
+        "  %three = s32[] constant(3)\n  %old = s32[] get-tuple-element(%state), index=0\n"
+        "  %next = s32[] add(%old, %three)\n  ROOT %tuple.1",
+    )
+    program = read_program(by_three)
+    assert program.trip_count(program["main"], program["main"].instructions["while.1"]) == 3
     of_data = read_program(LOOP.replace("s32[]{:T(128)} constant(9)", "s32[]{:T(128)} copy(%state.1)"))
     assert of_data.trip_count(of_data["main"], of_data["main"].instructions["while.1"]) is None
 
