@@ -62,6 +62,13 @@ def test_trip_counts_are_those_of_the_comparison_or_of_what_the_compiler_states(
     reversed_ = LOOP.replace("compare(%index, %bound), direction=LT", "compare(%bound, %index), direction=GE")
     program = read_program(reversed_)
     assert program.trip_count(program["main"], program["main"].instructions["while.1"]) == 9 - 2 + 1
+    by_three = LOOP.replace("tuple(%state)", "tuple(%next, %state)").replace(
+        "  ROOT %tuple.1",
+        "  %three = s32[] constant(3)\n  %old = s32[] get-tuple-element(%state), index=0\n"
+        "  %next = s32[] add(%old, %three)\n  ROOT %tuple.1",
+    )
+    program = read_program(by_three)
+    assert program.trip_count(program["main"], program["main"].instructions["while.1"]) == 3
     of_data = read_program(LOOP.replace("s32[]{:T(128)} constant(9)", "s32[]{:T(128)} copy(%state.1)"))
     assert of_data.trip_count(of_data["main"], of_data["main"].instructions["while.1"]) is None
 
@@ -112,7 +119,7 @@ def test_flops_of_products_leave_out_padding_and_holes() -> None:
     batched = "  %a = bf16[5,64,32]{2,1,0} parameter(0)\n  %b = bf16[5,32,16]{2,1,0} parameter(1)"
     window = "window={size=5 stride=4 pad=0_0 lhs_dilate=5}, dim_labels=0bf_0io->0bf"
     assert flops(batched, f"bf16[5,64,16]{{2,1,0}} convolution(%a, %b), {window}") == 5 * expected
-    # Three of the nine places of a window of three with one zero on either side: 2 + 3 + 3 + 2 pairs along a side of four.
+    # A window of three with one zero on either side: 2 + 3 + 3 + 2 pairs along a side of four.
     image = "  %a = f32[1,4,4,8]{3,2,1,0} parameter(0)\n  %b = f32[3,3,8,16]{3,2,1,0} parameter(1)"
     line = "f32[1,4,4,16]{3,2,1,0} convolution(%a, %b), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f"
     assert flops(image, line) == 2 * 8 * 16 * (2 + 3 + 3 + 2) ** 2

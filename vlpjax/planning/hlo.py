@@ -148,7 +148,7 @@ class Program:
         return self._compared_count(computation, loop)
 
     def _compared_count(self, computation: Computation, loop: Instruction) -> int | None:
-        """The count of a loop over an index that is compared with a constant and grows by one."""
+        """The count of a loop over an index that is compared with a constant and grows by another one."""
         condition = self[loop.attribute("condition") or ""]
         compare, inside = condition.root, condition
         values = {name: _constant(item) for name, item in condition.instructions.items()}
@@ -175,8 +175,22 @@ class Program:
         bound, index = values.get(second), elements.get(first)
         if bound is None or index is None or index.opcode != "get-tuple-element":
             return None
-        start = self._initial(computation, loop, int(index.attribute("index") or 0))
-        return max(0, bound - start + (direction == "LE"))
+        place = int(index.attribute("index") or 0)
+        start, step = self._initial(computation, loop, place), self._step(loop, place)
+        return max(0, -(-(bound - start + (direction == "LE")) // step))
+
+    def _step(self, loop: Instruction, index: int) -> int:
+        """By how much an element of a loop's state grows in a turn; 1 where that is no constant."""
+        body = self[loop.attribute("body") or ""]
+        if body.root.opcode != "tuple" or index >= len(body.root.operands):
+            return 1
+        item = body.instructions[body.root.operands[index]]
+        while item.opcode in ("copy", "bitcast") and item.operands:
+            item = body.instructions[item.operands[0]]
+        constants = (
+            [_constant(body.instructions[name]) for name in item.operands] if item.opcode == "add" else []
+        )
+        return max([1, *(value for value in constants if value)])
 
     def _initial(self, computation: Computation, loop: Instruction, index: int) -> int:
         """The value with which an element of a loop's state begins; 0 where it is no constant."""

@@ -7,6 +7,7 @@ devices.  A name such as ``"v5p:4x4x8"`` gives the generation and how many chips
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
 import re
@@ -54,6 +55,17 @@ def prepare() -> None:
     jax.config.update("jax_platforms", "cpu")
     # A program from the cache has lost what the compiler says about it.
     jax.config.update("jax_enable_compilation_cache", False)
+
+
+def ignore_absent_chips() -> None:
+    """Keeps JAX from looking for TPUs, and saying that there are none, where only their compiler is installed.
+
+    A choice that somebody made (``JAX_PLATFORMS``) stays, and so does a machine with TPUs or with JAX for GPUs.
+    """
+    gpus = any(importlib.util.find_spec(f"jax_{kind}_plugin") for kind in ("cuda12", "cuda13", "rocm7"))
+    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    if "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("libtpu") and not gpus and not chips:
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def require_compiler() -> None:
