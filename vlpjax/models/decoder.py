@@ -17,7 +17,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.errors import UserError
-from vlpjax.mesh import active_layout
+from vlpjax.mesh import active_layout, constrain
 from vlpjax.models.layers import Block, KeyValues, named, norm
 from vlpjax.models.positions import Rotary, Rotation
 from vlpjax.models.stack import Stack
@@ -163,7 +163,9 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
         """Token embeddings, scaled, without positions: what ``__call__`` takes as ``embeddings``."""
-        rows = self.token_embedding(ids)
+        # Gathered over the devices that share the width: looked up in pieces, rows would be whole on every device.
+        table = constrain(self.token_embedding.embedding, "vocabulary", None)
+        rows = jnp.take(table.astype(self.dtype or table.dtype), ids, axis=0)
         return rows * jnp.asarray(self.embed_scale, rows.dtype) if self.embed_scale != 1 else rows
 
     def logits(self, tokens: Float[Array, "*leading width"]) -> Float[Array, "*leading vocabulary"]:

@@ -207,7 +207,7 @@ class _Plan(NamedTuple):
         specs = {
             "q": PartitionSpec(self.batch, tokens, self.tensor, None),
             "k": PartitionSpec(self.batch, tokens, self.tensor if self.over == 1 else None, None),
-            "i": Interval(seen, seen),
+            "i": seen,  # of both ends
             "l": PartitionSpec(self.batch, (*self.tensor, *self.inner), self.outer),
         }
         # Gradients are written out by hand, and kernels do not say over which axes their results vary.
