@@ -101,6 +101,7 @@ def decode_attention(
     order.check(slots)
     batch, ranks, tensor = (used_axes(layout, name) for name in ("batch", "sequence", "heads"))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    interval = Interval(*jnp.broadcast_arrays(*interval))
     rows = PartitionSpec(batch if interval.start.shape[0] > 1 else None)
     heads = PartitionSpec(batch, None, tensor, None)
 
