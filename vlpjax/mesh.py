@@ -221,9 +221,23 @@ def make_layout(
         from jax.experimental import mesh_utils
 
         grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices)
+        if max(shape.values()) == len(devices):
+            grid = _shortest_side_last(devices).reshape(grid.shape)
     else:
         grid = np.asarray(devices).reshape(tuple(shape.values()))
     return Layout(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES)), table)
+
+
+def _shortest_side_last(devices: Sequence[Any]) -> np.ndarray:
+    """All devices of a torus in one line, whose neighbours are neighbours along its shortest side.
+
+    What is gathered along the line in stages, see :mod:`vlpjax.parallel.gathering`, is smallest in the first one.
+    """
+    places = np.array([device.coords for device in devices])
+    sides = np.ptp(places, axis=0)
+    sides = np.where(sides == 0, np.max(sides) + 1, sides)  # what is no side comes first
+    order = np.lexsort(places[:, np.argsort(sides, kind="stable")].T)
+    return np.array(devices, dtype=object)[order]
 
 
 def pick_rule(rules: Sequence[tuple[str, Any]], hardware: str) -> Any | None:
