@@ -305,8 +305,21 @@ def _arrange(devices: Sequence[Any], shape: Mapping[str, int], across: Mapping[s
         return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
     if devices[0].platform == "tpu" and len(devices) > 1:
         # The physical torus decides which order makes neighbours of neighbours.
-        return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+        return _shortest_side_last(devices).reshape(inner) if max(inner) == len(devices) else grid
     return np.asarray(devices).reshape(inner)
+
+
+def _shortest_side_last(devices: Sequence[Any]) -> np.ndarray:
+    """All devices of a torus in one line, whose neighbours are neighbours along its shortest side.
+
+    What is gathered along the line in stages, see :mod:`vlpjax.parallel.gathering`, is smallest in the first one.
+    """
+    places = np.array([device.coords for device in devices])
+    sides = np.ptp(places, axis=0)
+    sides = np.where(sides == 0, np.max(sides) + 1, sides)  # what is no side comes first
+    order = np.lexsort(places[:, np.argsort(sides, kind="stable")].T)
+    return np.array(devices, dtype=object)[order]
 
 
 def pick_rule(rules: Sequence[tuple[str, Any]], hardware: str) -> Any | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from tests.tiny import assert_trees_close
+from tests.tiny import assert_trees_close, most_optimizations_off
 from vlpjax.errors import UserError
 from vlpjax.mesh import Layout, make_layout
 from vlpjax.models.decoder import Decoder, prefix_causal
@@ -24,18 +25,25 @@ from vlpjax.parallel.sequence import active_order, lay_out, sequence_ranks
 B, T, V = 4, 64, 32
 FIELDS: dict[str, Any] = dict(
     vocabulary=V, width=32, depth=2, heads=8, kv_heads=4, mlp_dim=32, pattern=("local", "global"), window=11,
-    scan=True, remat="full",
+    scan=True,
 )  # fmt: skip
 
-# One line per mesh: its sizes, the order of tokens, the scheme.
+# One line per mesh: its sizes, the order of tokens, the scheme, rematerialisation.
 MESHES = [
-    ({"ring": 8}, "block_striped", "ring"),
-    ({"replica": 2, "fsdp": 2, "ulysses": 2}, "zigzag", "ulysses"),
-    ({"fsdp": 2, "ring": 2, "ulysses": 2}, "block_striped", "ulysses_ring"),
-    ({"ulysses": 4, "tensor": 2}, "block_striped", "auto"),
-    ({"replica": 2, "ring": 2, "tensor": 2}, "zigzag", "gather"),
-    ({"ring": 2, "ulysses": 2, "tensor": 2}, "contiguous", "ulysses_gather"),
+    ({"ring": 8}, "block_striped", "ring", "none"),
+    ({"replica": 2, "fsdp": 2, "ulysses": 2}, "zigzag", "ulysses", "none"),
+    ({"fsdp": 2, "ring": 2, "ulysses": 2}, "block_striped", "ulysses_ring", "full"),
+    ({"ulysses": 4, "tensor": 2}, "block_striped", "auto", "none"),
+    ({"replica": 2, "ring": 2, "tensor": 2}, "zigzag", "gather", "none"),
+    ({"ring": 2, "ulysses": 2, "tensor": 2}, "contiguous", "ulysses_gather", "none"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    """Programs here run once."""
+    with most_optimizations_off():
+        yield
 
 
 @functools.cache
@@ -82,9 +90,9 @@ def on_one_device() -> Any:
     return jax.device_get(run(nn.meta.unbox(parameters()), batch(), None))
 
 
-def on_mesh(layout: Layout, order: TokenOrder, scheme: str) -> Any:
+def on_mesh(layout: Layout, order: TokenOrder, **fields: str) -> Any:
     shardings = layout.shard_parameters(parameters())
-    decoder = Decoder(**FIELDS, sequence_scheme=scheme)
+    decoder = Decoder(**FIELDS, **fields)
 
     def run(params: Any, batch: Any) -> Any:
         with layout.activate():
@@ -96,13 +104,14 @@ def on_mesh(layout: Layout, order: TokenOrder, scheme: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "kind", "scheme"), MESHES, ids=["-".join([*sizes, *rest]) for sizes, *rest in MESHES]
+    ("sizes", "kind", "scheme", "remat"), MESHES, ids=["-".join([*sizes, *rest]) for sizes, *rest in MESHES]
 )
 def test_loss_and_gradients_are_those_on_one_device(
-    sizes: dict[str, int], kind: str, scheme: str, capfd: pytest.CaptureFixture[str]
+    sizes: dict[str, int], kind: str, scheme: str, remat: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     layout = make_layout(sizes)
-    ours = on_mesh(layout, TokenOrder(kind, sequence_ranks(layout), tile=4), scheme)
+    order = TokenOrder(kind, sequence_ranks(layout), tile=4)
+    ours = on_mesh(layout, order, sequence_scheme=scheme, remat=remat)
     assert_trees_close(ours, on_one_device(), rtol=1e-5, atol=2e-7)
     assert "full rematerialization" not in capfd.readouterr().err
     assert os.environ["TF_CPP_MIN_LOG_LEVEL"] in "01"  # or the compiler would not say so

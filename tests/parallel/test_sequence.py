@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiny import assert_trees_close, layout_of
+from tests.tiny import assert_trees_close, layout_of, most_optimizations_off
 from vlpjax.errors import UserError
 from vlpjax.mesh import Layout, make_layout
 from vlpjax.parallel.attention import Interval, attend
@@ -77,6 +77,16 @@ def dense(
     return mixed, *pull(gradient)
 
 
+def quick(run: Any) -> Any:
+    """A program that is compiled in half of the time."""
+
+    def call(*arrays: Any) -> Any:
+        with most_optimizations_off():
+            return run(*arrays)
+
+    return call
+
+
 def sharded(layout: Layout, order: TokenOrder, scheme: str, soft_cap: float | None = None) -> Any:
     """The same over sequence ranks; takes and gives arrays in the row's order."""
 
@@ -93,7 +103,7 @@ def sharded(layout: Layout, order: TokenOrder, scheme: str, soft_cap: float | No
             )
             return tuple(order.unpermute(x, 1) for x in (mixed, *pull(gradient)))
 
-    return run
+    return quick(run)
 
 
 @functools.cache
@@ -148,7 +158,7 @@ def shapes(draw: st.DrawFn) -> tuple[str, dict[str, int], int, int, int]:
 
 
 @given(shapes(), st.sampled_from(MASKS))
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_any_lengths_and_heads_equal_the_dense_form(
     shape: tuple[str, dict[str, int], int, int, int], mask: str
 ) -> None:

@@ -22,6 +22,7 @@ from vlpjax.models.layers import Block, KeyValues, named, norm
 from vlpjax.models.positions import Rotary, Rotation
 from vlpjax.models.stack import Stack
 from vlpjax.parallel.attention import Interval, intersect, segments
+from vlpjax.parallel.gathering import gathered
 from vlpjax.parallel.order import TokenOrder
 from vlpjax.parallel.sequence import sequence_ranks
 
@@ -163,7 +164,10 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
         """Token embeddings, scaled, without positions: what ``__call__`` takes as ``embeddings``."""
-        rows = self.token_embedding(ids)
+        # Gathered over the devices that share the width: looked up in pieces, rows would be whole on every device.
+        table = self.token_embedding.embedding
+        table = gathered(table.astype(self.dtype or table.dtype), ("vocabulary", "embed"))
+        rows = jnp.take(table, ids, axis=0)
         return rows * jnp.asarray(self.embed_scale, rows.dtype) if self.embed_scale != 1 else rows
 
     def logits(self, tokens: Float[Array, "*leading width"]) -> Float[Array, "*leading vocabulary"]:

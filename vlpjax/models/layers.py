@@ -7,6 +7,7 @@ scaled down by the square root of twice the depth.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.errors import UserError
@@ -23,6 +25,7 @@ from vlpjax.models.positions import Rotation, rotate
 from vlpjax.parallel.attention import Attended, Interval
 from vlpjax.parallel.backends import attend
 from vlpjax.parallel.cost import pick_scheme
+from vlpjax.parallel.gathering import gathered
 from vlpjax.parallel.order import TokenOrder
 from vlpjax.parallel.sequence import sequence_attention
 from vlpjax.parallel.sharded_cache import read_tokens
@@ -100,8 +103,16 @@ def dense(
         dtype=dtype,
         kernel_init=named(nn.initializers.normal(stddev), *axes),
         bias_init=named(nn.initializers.zeros, *axes[inputs:]),
+        dot_general=functools.partial(_project, axes=axes),
         name=name,
     )
+
+
+def _project(
+    inputs: jax.Array, kernel: jax.Array, *args: Any, axes: tuple[str | None, ...], **kwargs: Any
+) -> jax.Array:
+    """The product with a kernel that lies in pieces, cast already."""
+    return jax.lax.dot_general(inputs, gathered(kernel, axes), *args, **kwargs)
 
 
 NORMS = ("layer", "layer_plain", "rms", "rms_offset")
@@ -305,6 +316,9 @@ class Attention(nn.Module):
                 key = norm("key_norm", self.qk_norm, self.dtype, self.epsilon)(key)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
+        query, key, value = (
+            checkpoint_name(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value"))
+        )
         options: dict[str, Any] = dict(mask=mask, bias=bias, weights=weights)
         if cache is not None and order is not None:
             mixed, cache = self._read(query, key, value, interval, order, options, cache, start)
@@ -408,9 +422,10 @@ class Mlp(nn.Module):
 
         def enter(name: str) -> jax.Array:
             axes, stddev = ("embed", "mlp"), (2 * width) ** -0.5
-            return dense(self.hidden, axes, stddev=stddev, name=name, bias=self.bias, dtype=self.dtype)(
+            entered = dense(self.hidden, axes, stddev=stddev, name=name, bias=self.bias, dtype=self.dtype)(
                 tokens
             )
+            return checkpoint_name(entered, f"mlp_{name}")
 
         hidden = activation(self.activation)(enter("gate" if self.gated else "up"))
         if self.gated:
@@ -535,7 +550,7 @@ class Block(nn.Module):
             cache=cache.own if isinstance(cache, CrossKeyValues) else cache,
         )  # fmt: skip
         mixed = attention(enter("attention"), interval, order=order, **options)
-        tokens = leave("attention", mixed.tokens)
+        tokens = checkpoint_name(leave("attention", mixed.tokens), "residual")
         if self.cross:
             attention = Attention(self.heads, self.kv_heads, self.head_dim, **fields, name="cross_attention")
             if self.memory_norm and memory is not None:

@@ -19,13 +19,62 @@ from vlpjax.errors import UserError
 from vlpjax.mesh import constrain
 from vlpjax.models.layers import CrossKeyValues, KeyValues, Mixed
 
+# Intermediate results of a block that have names, in the order that they are made in.  Of attention, what its backward
+# pass needs beside query, key and value is there where a kernel with a backward pass of its own takes it.
+NAMED = (
+    "kernel",  # parameters, cast and gathered: saved, they are gathered once per step and not twice
+    "query",  # after norm and rotation, as key
+    "key",
+    "value",
+    "attention_out",
+    "attention_lse",
+    "residual",  # between attention and MLP
+    "mlp_gate",
+    "mlp_up",
+)
+
 # What the backward pass finds saved; everything else it computes again.
 REMAT: dict[str, Any] = {
     "none": None,  # save everything
     "full": jax.checkpoint_policies.nothing_saveable,  # save the blocks' inputs only
     "dots": jax.checkpoint_policies.dots_saveable,  # save every matrix product
     "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # save products with weights
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+    "tensors": jax.checkpoint_policies.save_only_these_names(*NAMED[1:]),  # all of NAMED but the kernels
 }
+
+
+def remat_policy(text: str) -> Any:
+    """What the backward pass finds saved: a key of :data:`REMAT`, or names of :data:`NAMED`.
+
+    Args:
+      text: such as ``"full"``; or ``"save:attention_out,attention_lse"``; or, with what waits in the memory of the
+        host, ``"save:attention_out,attention_lse;offload:query,key"``.
+
+    Raises:
+      UserError: an unknown word, with those that there are.
+    """
+    if text in REMAT:
+        return REMAT[text]
+    chosen: dict[str, tuple[str, ...]] = {"save": (), "offload": ()}
+    for part in text.split(";"):
+        where, colon, names = part.partition(":")
+        if not colon or where not in chosen:
+            raise UserError(
+                f"remat is {text!r}; there are {', '.join(map(repr, REMAT))}, and 'save:' or 'offload:' with names."
+            )
+        chosen[where] += tuple(names.split(","))
+    for name in (*chosen["save"], *chosen["offload"]):
+        if name not in NAMED:
+            raise UserError(f"remat {text!r} names {name!r}; blocks name {', '.join(NAMED)}.")
+    if not chosen["offload"]:
+        return jax.checkpoint_policies.save_only_these_names(*chosen["save"])
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=list(chosen["save"]),
+        names_which_can_be_offloaded=list(chosen["offload"]),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 class Stacked(NamedTuple):
@@ -53,7 +102,7 @@ class Stack:
       depth: number of blocks.
       scan: one block's program, run ``depth`` times over stacked parameters ``blocks/...`` whose first axis is the
         layer: compile time does not grow with depth.  Otherwise parameters are ``block_0/...``, ``block_1/...``.
-      remat: a key of :data:`REMAT`.
+      remat: as :func:`remat_policy` takes it.
       drop_path: stochastic depth of the last block; the rate grows linearly from 0 at the first (arXiv 1603.09382).
       axes: logical axes of the tokens between blocks.
     """
@@ -92,8 +141,7 @@ class Stack:
         Raises:
           UserError: an unknown ``remat``, or a layer that there is not.
         """
-        if self.remat not in REMAT:
-            raise UserError(f"remat is {self.remat!r}; there are {', '.join(map(repr, REMAT))}.")
+        policy = remat_policy(self.remat)
         for layer in (*hidden, *weights):
             if not -self.depth <= layer < self.depth:
                 raise UserError(
@@ -124,7 +172,7 @@ class Stack:
 
         if self.remat != "none":
             # Inside a scan nothing can be merged with the forward pass anyway.
-            run = nn.remat(run, policy=REMAT[self.remat], prevent_cse=not self.scan)
+            run = nn.remat(run, policy=policy, prevent_cse=not self.scan)
         if self.scan and self.depth:
             chosen: Any = jnp.asarray(kinds, jnp.int32) if varied else {}
             tokens, stacked = nn.scan(

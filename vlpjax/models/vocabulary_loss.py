@@ -7,13 +7,18 @@ them once more, for one chunk at a time.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from vlpjax.errors import UserError
+from vlpjax.mesh import active_layout
+from vlpjax.parallel.gathering import gathered
 
 
 class TokenLosses(NamedTuple):
@@ -44,8 +49,8 @@ def vocabulary_loss(
 
     Args:
       tokens: after the decoder's final norm (its output with ``logits=False``).
-      kernel: :meth:`vlpjax.models.decoder.Decoder.output_kernel`; it is cast to the type of ``tokens``, products are
-        summed up in float32.
+      kernel: :meth:`vlpjax.models.decoder.Decoder.output_kernel`, logical axes ``"embed"`` and ``"vocabulary"``; it is
+        cast to the type of ``tokens``, products are summed up in float32.
       labels: the token that follows each one.
       weights: of the tokens; 0 leaves one out, whatever its label is.  None is 1 everywhere.
       z_loss: factor of ``log_partition ** 2``, which keeps logits from drifting ("PaLM", arXiv 2204.02311,
@@ -66,13 +71,18 @@ def vocabulary_loss(
     if labels.shape != (batch, count) or (weights is not None and weights.shape != (batch, count)):
         wrong = labels.shape if labels.shape != (batch, count) or weights is None else weights.shape
         raise UserError(f"Labels and weights have one entry per token, {(batch, count)}, not {wrong}.")
-    kernel = kernel.astype(tokens.dtype)
     # A label that does not count may be any number, also one beyond the vocabulary.
     if weights is not None:
         labels = jnp.where(weights == 0, jnp.clip(labels, 0, kernel.shape[1] - 1), labels)
+    devices = _Devices.of(batch, count)
+    copies = devices.copies(gathered(kernel.astype(tokens.dtype), ("embed", "vocabulary")))
 
+    @jax.checkpoint
     def losses(part: jax.Array, wanted: jax.Array) -> TokenLosses:
-        logits = jnp.einsum("btd,dv->btv", part, kernel, preferred_element_type=jnp.float32)
+        # The copies were float32 for a moment, so that the gradients of all chunks are summed up in float32.
+        logits = jnp.einsum(
+            "mnbtd,mndv->mnbtv", part, copies.astype(part.dtype), preferred_element_type=jnp.float32
+        )
         if soft_cap is not None:
             logits = soft_cap * jnp.tanh(logits / soft_cap)
         log_partition = jax.nn.logsumexp(logits, axis=-1)
@@ -80,26 +90,78 @@ def vocabulary_loss(
         correct = (jnp.argmax(logits, axis=-1) == wanted).astype(jnp.float32)
         return TokenLosses(log_partition - label, log_partition, correct)
 
-    # Rows stay whole, so that each device goes through its own rows; only tokens are cut.
-    whole = count // chunk
-    remembered = jax.checkpoint(losses)
-    pieces = []
-    if whole:
-
-        def split(x: jax.Array) -> jax.Array:
-            chunks = x[:, : whole * chunk].reshape(batch, whole, chunk, *x.shape[2:])
-            return jnp.moveaxis(chunks, 1, 0)  # [chunks, B, chunk, ...]
-
-        _, found = jax.lax.scan(
-            lambda _, part: (None, remembered(*part)), None, (split(tokens), split(labels))
-        )
-        pieces.append(
-            jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, whole * chunk), found)  # [B, T']
-        )
-    if count % chunk:
-        pieces.append(remembered(tokens[:, whole * chunk :], labels[:, whole * chunk :]))
-    each: TokenLosses = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *pieces)
+    found = _in_chunks(losses, devices.split(tokens), devices.split(labels), chunk)
+    each: TokenLosses = jax.tree.map(devices.join, found)
     weights = jnp.ones((batch, count), jnp.float32) if weights is None else weights.astype(jnp.float32)
     total = jnp.sum(weights * (each.nats + z_loss * jnp.square(each.log_partition)))
     amount = jnp.sum(weights)
     return total / jnp.where(amount == 0, 1.0, amount), each
+
+
+def _in_chunks(
+    losses: Callable[[jax.Array, jax.Array], TokenLosses], tokens: jax.Array, labels: jax.Array, chunk: int
+) -> TokenLosses:
+    """``losses`` of [M, N, B, T, ...], a chunk of the tokens at a time; all of them, [M, N, B, T]."""
+    *outer, count = labels.shape
+    whole = count // chunk
+    pieces = []
+    if whole:
+
+        def split(x: jax.Array) -> jax.Array:
+            chunks = x[:, :, :, : whole * chunk].reshape(*outer, whole, chunk, *x.shape[4:])
+            return jnp.moveaxis(chunks, 3, 0)  # [chunks, M, N, B, chunk, ...]
+
+        _, found = jax.lax.scan(lambda _, part: (None, losses(*part)), None, (split(tokens), split(labels)))
+        pieces.append(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3).reshape(*outer, whole * chunk), found))
+    if count % chunk:
+        pieces.append(losses(tokens[:, :, :, whole * chunk :], labels[:, :, :, whole * chunk :]))
+    joined: TokenLosses = jax.tree.map(lambda *x: jnp.concatenate(x, axis=3), *pieces)
+    return joined
+
+
+class _Devices(NamedTuple):
+    """The devices that share the tokens, M along the rows and N along the tokens of a row.
+
+    Each device goes through its own tokens, with a copy of the kernel of its own.  So the gradients of its chunks are
+    summed up where they are, and over the devices once, instead of after every chunk.
+    """
+
+    rows: int = 1
+    columns: int = 1
+    places: NamedSharding | None = None  # of arrays [M, N, ...]
+    kernels: NamedSharding | None = None  # of copies [M, N, width, vocabulary]
+
+    @classmethod
+    def of(cls, batch: int, count: int) -> _Devices:
+        """Of the layout, if they divide the tokens among themselves."""
+        layout = active_layout()
+        if layout is None:
+            return cls()
+        rows, columns = (
+            math.prod(layout.mesh.shape[axis] for axis in layout.rules[name])
+            for name in ("batch", "sequence")
+        )
+        if batch % rows or count % columns:
+            return cls()
+        own = layout.spec(("batch", "sequence"))
+        kernels = PartitionSpec(*own, None, *layout.spec(("vocabulary",)))
+        return cls(rows, columns, NamedSharding(layout.mesh, own), NamedSharding(layout.mesh, kernels))
+
+    def copies(self, kernel: jax.Array) -> jax.Array:
+        """One kernel per device, [M, N, width, vocabulary], in float32."""
+        copies = jnp.broadcast_to(kernel, (self.rows, self.columns, *kernel.shape))
+        if self.kernels is not None:
+            copies = jax.lax.with_sharding_constraint(copies, self.kernels)
+        return copies.astype(jnp.float32)
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """[batch, tokens, ...] -> [M, N, batch / M, tokens / N, ...]."""
+        batch, count, *rest = x.shape
+        x = x.reshape(self.rows, batch // self.rows, self.columns, count // self.columns, *rest)
+        x = jnp.swapaxes(x, 1, 2)
+        return x if self.places is None else jax.lax.with_sharding_constraint(x, self.places)
+
+    def join(self, x: jax.Array) -> jax.Array:
+        """The inverse of :meth:`split`."""
+        x = jnp.swapaxes(x, 1, 2)
+        return x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], *x.shape[4:])

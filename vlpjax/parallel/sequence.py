@@ -114,8 +114,7 @@ def sequence_attention(
     plan = plan._replace(
         scale=query.shape[-1] ** -0.5 if scale is None else scale, soft_cap=soft_cap, kernels=kernels
     )
-    shape = (interval.start.shape[0], query.shape[1])
-    interval = Interval(*(jnp.broadcast_to(x.astype(jnp.int32), shape) for x in interval))
+    interval = Interval(*jnp.broadcast_arrays(*(x.astype(jnp.int32) for x in interval)))
     mixed: jax.Array = _attend(plan, query, key, value, interval)
     return mixed
 
@@ -207,7 +206,7 @@ class _Plan(NamedTuple):
         specs = {
             "q": PartitionSpec(self.batch, tokens, self.tensor, None),
             "k": PartitionSpec(self.batch, tokens, self.tensor if self.over == 1 else None, None),
-            "i": Interval(seen, seen),
+            "i": seen,  # of both ends
             "l": PartitionSpec(self.batch, (*self.tensor, *self.inner), self.outer),
         }
         # Gradients are written out by hand, and kernels do not say over which axes their results vary.
@@ -397,7 +396,9 @@ def _scattered(plan: _Plan, x: jax.Array) -> jax.Array:
         return x
     count, tile = plan.outer_order.tiles(plan.length)
     tiles = plan.order.turned(x.reshape(x.shape[0], count, -1, tile, *x.shape[2:]), 1)
-    return _untiled(jax.lax.psum_scatter(tiles, plan.outer, scatter_dimension=2)[:, :, None])
+    # Ranks first, and no cast before the sum is there: or the TPU compiler sums up all of it everywhere, and rounded.
+    summed = jax.lax.psum_scatter(jnp.moveaxis(tiles, 2, 0), plan.outer, scatter_dimension=0)
+    return jax.lax.optimization_barrier(_untiled(summed[:, :, None]))
 
 
 # Tokens against heads among the inner ranks.

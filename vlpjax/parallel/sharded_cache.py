@@ -101,6 +101,7 @@ def decode_attention(
     order.check(slots)
     batch, ranks, tensor = (used_axes(layout, name) for name in ("batch", "sequence", "heads"))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    interval = Interval(*jnp.broadcast_arrays(*interval))
     rows = PartitionSpec(batch if interval.start.shape[0] > 1 else None)
     heads = PartitionSpec(batch, None, tensor, None)
 
@@ -117,7 +118,7 @@ def decode_attention(
     mapped = jax.shard_map(
         attend,
         mesh=layout.mesh,
-        in_specs=(heads, cache, cache, Interval(rows, rows)),
+        in_specs=(heads, cache, cache, rows),
         out_specs=heads,
         check_vma=False,
     )
@@ -136,7 +137,8 @@ def write_prompt(
     layout = layout_for(order)
     if order.kind != "block_striped":
         raise UserError(f"A sharded cache's order is 'block_striped', not {order.kind!r}.")
-    order.check(cache.shape[1]), order.check(new.shape[1])
+    for tokens in (cache.shape[1], new.shape[1]):
+        order.check(tokens)
     if new.shape[1] > cache.shape[1]:
         raise UserError(f"The cache has {cache.shape[1]} slots, but the prompt {new.shape[1]} tokens.")
     batch, ranks, tensor = (used_axes(layout, name) for name in ("batch", "sequence", "kv_heads"))

@@ -11,6 +11,7 @@ from vlpjax.data.sources.order import cursors, draw, locate, permute
 from vlpjax.data.sources.parquet import Parquet
 from vlpjax.data.sources.scenes import Scenes
 from vlpjax.data.sources.tfds import TFDS
+from vlpjax.data.sources.token_rows import PackedTexts, TokenFiles
 from vlpjax.data.sources.webdataset import WebDataset
 
 __all__ = [
@@ -24,9 +25,11 @@ __all__ = [
     "ImageFolder",
     "LazySource",
     "Mixture",
+    "PackedTexts",
     "Parquet",
     "Scenes",
     "Source",
+    "TokenFiles",
     "WebDataset",
     "WithNeighbors",
     "cursors",

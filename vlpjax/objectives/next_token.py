@@ -1,0 +1,97 @@
+"""Next-token prediction: a decoder learns from text alone, several documents to a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlpjax.errors import UserError
+from vlpjax.models.vocabulary_loss import vocabulary_loss
+from vlpjax.objectives.base import BatchCoupled, Context, Loss
+from vlpjax.parallel.sequence import active_order, lay_out
+
+
+@dataclass(frozen=True)
+class NextToken(BatchCoupled):
+    """Cross-entropy of every token given those before it in its document.
+
+    A row is one token longer than what the decoder sees of it, because its first token is never asked for and nothing
+    follows its last:
+
+        row       a b c . d e      segment_ids  1 1 1 1 2 2
+        inputs    a b c . d                     1 1 1 1 2
+        labels    b c . d e                     1 1 1 2 2
+        weights   1 1 1 0 1
+
+    L = sum over tokens of weight * (-log p(label) + z_loss * log_partition ** 2), over the sum of the weights.  As that
+    is the whole batch's, the loss couples its examples, if weakly; accumulation is exact.
+
+    Attributes:
+      decoder: name of the tower, a :class:`vlpjax.models.decoder.Decoder`.
+      field: of the batch; token ids, int32 [B, T + 1].
+      segment_field: of the batch; which document of its row each token is of, int32 [B, T + 1], from 1 on, and 0 for
+        padding.  Documents do not see one another, positions count from the start of each.  Empty: every row is one
+        text without padding.
+      z_loss: factor of ``log_partition ** 2`` ("PaLM", arXiv 2204.02311, section 5).
+      chunk: tokens of each row whose logits exist at once.
+
+    Source: "Language Models are Unsupervised Multitask Learners" (GPT-2), equation 1.
+    """
+
+    decoder: str = "decoder"
+    field: str = "tokens"
+    segment_field: str = ""
+    z_loss: float = 0.0
+    chunk: int = 256
+
+    def encode(self, context: Context) -> dict[str, jax.Array]:
+        ids = context.read(self.field)
+        inputs, labels = ids[:, :-1], ids[:, 1:]
+        packed: dict[str, Any] = {}
+        weights = jnp.ones(labels.shape, jnp.float32)
+        if self.segment_field:
+            segments = context.read(self.segment_field)
+            if segments.shape != ids.shape:
+                raise UserError(
+                    f"objectives.{context.objective}: {self.segment_field!r} has the shape {segments.shape}, but "
+                    f"{self.field!r} has {ids.shape}; there is one segment id per token."
+                )
+            packed["segment_ids"] = segments[:, :-1]
+            weights = ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)).astype(jnp.float32)
+        # Rows may lie over several devices; what is one per token is dealt out now, after labels were shifted.
+        order = active_order(labels.shape[1])
+        inputs, labels, weights = lay_out(order, inputs, labels, weights)
+        packed = {name: lay_out(order, x)[0] for name, x in packed.items()}
+        found = context.student.call(
+            self.decoder, inputs, **packed, order=order, logits=False, train=context.train
+        )
+        tower = context.student[self.decoder]
+        _, each = vocabulary_loss(
+            found["tokens"],
+            tower.output_kernel(),
+            labels,
+            weights,
+            soft_cap=tower.final_soft_cap,
+            chunk=self.chunk,
+        )
+        return {
+            "nats": jnp.sum(weights * each.nats, axis=1),  # [B]
+            "squares": jnp.sum(weights * jnp.square(each.log_partition), axis=1),
+            "correct": jnp.sum(weights * each.correct, axis=1),
+            "tokens": jnp.sum(weights, axis=1),
+        }
+
+    def compare(self, features: dict[str, jax.Array], context: Context) -> Loss:
+        del context
+        total = jnp.maximum(jnp.sum(features["tokens"]), 1.0)
+        mean = {name: jnp.sum(features[name]) / total for name in ("nats", "squares", "correct")}
+        metrics = {
+            "nats": mean["nats"],
+            "perplexity": jnp.exp(mean["nats"]),
+            "accuracy": mean["correct"],
+            "tokens": jnp.sum(features["tokens"]),
+        }
+        return Loss(mean["nats"] + self.z_loss * mean["squares"], metrics)
