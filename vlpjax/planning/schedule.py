@@ -33,7 +33,6 @@ _FREE = frozenset(
         "iota", "opt-barrier", "domain", "add-dependency", "copy-start", "copy-done", "slice-start", "slice-done",
         "async-update", "async-done",
         "call-start", "call-done",  # on the cores for sparse work, beside all others
-
     )
 )  # fmt: skip
 
