@@ -13,7 +13,7 @@ LOOP = """HloModule jit_f, is_scheduled=true
 %body (state: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
   %state = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
   ROOT %tuple.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%state)
-}
+}, execution_thread="sparsecore"
 
 %condition (state.1: (s32[], bf16[8,128])) -> pred[] {
   %bound = s32[]{:T(128)} constant(9)

@@ -234,7 +234,7 @@ def read_program(text: str) -> Program:
                 current = {}
                 computations[header[2]] = Computation(header[2], current)
                 entry = header[2] if header[1] else entry
-        elif line == "}":
+        elif line == "}" or line.startswith("}, execution_thread="):
             finish()
             current = None
         elif _INSTRUCTION.match(line):

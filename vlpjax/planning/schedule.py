@@ -32,6 +32,7 @@ _FREE = frozenset(
         "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
         "iota", "opt-barrier", "domain", "add-dependency", "copy-start", "copy-done", "slice-start", "slice-done",
         "async-update", "async-done",
+        "call-start", "call-done",  # on the cores for sparse work, beside all others
     )
 )  # fmt: skip
 
