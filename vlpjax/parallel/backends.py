@@ -284,7 +284,6 @@ class Choice(NamedTuple):
     skipped: dict[str, str]
 
 
-@functools.cache
 def choose(request: Request, backend: str | Backend | None = None) -> Choice:
     """The first of :data:`BACKENDS` that does what is asked, or the one that is named.
 
@@ -303,6 +302,12 @@ def choose(request: Request, backend: str | Backend | None = None) -> Choice:
         if (reason := backend.supports(request)) is not None:
             raise UserError(f"The attention backend {backend.name!r} cannot do this: {reason}.")
         return Choice(backend, {})
+    return _first(request)
+
+
+@functools.cache
+def _first(request: Request) -> Choice:
+    """The first that does what is asked; logged, and therefore remembered."""
     reasons = [(form, form.supports(request)) for form in BACKENDS]
     chosen = next(form for form, reason in reasons if reason is None)
     before = reasons[: [form for form, _ in reasons].index(chosen)]

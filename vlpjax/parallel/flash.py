@@ -45,6 +45,9 @@ class _Settings(NamedTuple):
     form: Flash
     scale: float
     soft_cap: float | None
+    layout: (
+        Layout | None
+    )  # that each device's part is cut from; the backward pass may be traced outside of it
 
 
 def flash(
@@ -58,9 +61,10 @@ def flash(
     soft_cap: float | None = None,
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Attention by a form, with its own backward pass; arguments as of :func:`vlpjax.parallel.attention.attend`."""
-    if form.by_device and (layout := active_layout()) is not None:
+    layout = active_layout() if form.by_device else None
+    if layout is not None:
         key, value = (repeat_heads(layout, x, query.shape[2]) for x in (key, value))
-    return _flash(_Settings(form, scale, soft_cap), query, key, value, interval)
+    return _flash(_Settings(form, scale, soft_cap, layout), query, key, value, interval)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -73,9 +77,9 @@ def _flash(
 def _forward(
     settings: _Settings, query: jax.Array, key: jax.Array, value: jax.Array, interval: Interval
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    form, *options = settings
-    run = functools.partial(form.forward, scale=options[0], soft_cap=options[1])
-    if form.by_device and (layout := active_layout()) is not None:
+    form, scale, soft_cap, layout = settings
+    run: Callable[..., Any] = functools.partial(form.forward, scale=scale, soft_cap=soft_cap)
+    if layout is not None:
         at = Places.of(layout, query, key, interval)
         run = at.map(run, (at.tokens, at.tokens, at.tokens, at.interval), (at.tokens, at.rows))
     mixed, lse = run(query, key, value, interval)
@@ -86,10 +90,10 @@ def _forward(
 def _backward(
     settings: _Settings, kept: tuple[Any, ...], gradient: jax.Array
 ) -> tuple[jax.Array | None, ...]:
-    form, *options = settings
-    run = functools.partial(form.backward, scale=options[0], soft_cap=options[1])
+    form, scale, soft_cap, layout = settings
+    run: Callable[..., Any] = functools.partial(form.backward, scale=scale, soft_cap=soft_cap)
     query, key, value, interval, _, _ = kept
-    if form.by_device and (layout := active_layout()) is not None:
+    if layout is not None:
         at = Places.of(layout, query, key, interval)
         inputs = (at.tokens, at.tokens, at.tokens, at.interval, at.tokens, at.rows, at.tokens)
         run = at.map(run, inputs, (at.tokens,) * 3)
@@ -131,7 +135,7 @@ class Places(NamedTuple):
         )
 
     def map(
-        self, run: Callable[..., Any], inputs: tuple[PartitionSpec, ...], outputs: tuple[PartitionSpec, ...]
+        self, run: Callable[..., Any], inputs: tuple[PartitionSpec, ...], outputs: Any
     ) -> Callable[..., Any]:
         """``run`` on each device's part."""
         mapped: Callable[..., Any] = jax.shard_map(

@@ -59,13 +59,14 @@ def forward(
     tables = Tables.of(packed, work.keys, work.tiles)
     inputs = (packed, work.pack_queries(query * scale), work.pack_keys(key), work.pack_keys(value))
     specs, shape = work.specs(work.by_query), work.query_shape
+    grid: Any = (*shape[:2], work.query_tiles, tables.key_steps)
     column = (work.tiles.query, kernels.LANES)
     mixed, lse = pl.pallas_call(
         functools.partial(kernels.forward, rows=work.row, soft_cap=soft_cap),
         out_shape=[_like(shape, query.dtype, inputs), _like((*shape[:3], 1, shape[3]), jnp.float32, inputs)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(*shape[:2], work.query_tiles, tables.key_steps),
+            grid=grid,
             in_specs=[specs.interval, specs.query, specs.key, specs.key],
             out_specs=[specs.query, specs.row],
             scratch_shapes=[
@@ -134,12 +135,13 @@ def _query_gradient(
     interpret: bool,
 ) -> Float[Array, "batch parts heads rows head_dim"]:
     specs, column = work.specs(work.by_query), (work.tiles.query, kernels.LANES)
+    grid: Any = (*work.query_shape[:2], work.query_tiles, tables.key_steps)
     out: jax.Array = pl.pallas_call(
         functools.partial(kernels.query_gradient, rows=work.row, soft_cap=soft_cap, scale=scale),
         out_shape=_like(work.query_shape, jnp.float32, inputs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(*work.query_shape[:2], work.query_tiles, tables.key_steps),
+            grid=grid,
             in_specs=[specs.interval, specs.query, specs.key, specs.key, specs.query, specs.row, specs.row],
             out_specs=specs.query,
             scratch_shapes=[
@@ -185,9 +187,10 @@ def _like(shape: tuple[int, ...], dtype: Any, inputs: Sequence[jax.Array]) -> ja
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType(varying=varying))
 
 
-def _compiler_params(*sums: Any) -> pltpu.CompilerParams:
+def _compiler_params(*sums: str) -> pltpu.CompilerParams:
     """The last grid dimensions sum up; the three before them may run in any order, on either core of a chip."""
-    return pltpu.CompilerParams(dimension_semantics=(*["parallel"] * 3, *sums), vmem_limit_bytes=VMEM)
+    semantics: Any = (*["parallel"] * 3, *sums)
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM)
 
 
 def _cost(work: Work, products: int, inputs: Sequence[jax.Array]) -> pl.CostEstimate:

@@ -107,7 +107,7 @@ def forward(
     tile = bound.first + step
 
     @pl.when(step == 0)
-    def _() -> None:
+    def begin() -> None:
         start[...], end[...] = columns(interval[0:1]), columns(interval[1:2])
         maximum[...] = jnp.full(maximum.shape, HIDDEN, jnp.float32)
         total[...] = jnp.zeros(total.shape, jnp.float32)
@@ -133,7 +133,7 @@ def forward(
     masked_and_whole(tile < bound.last, bound.whole(tile), body)
 
     @pl.when(step == steps(bound.first, bound.last) - 1)
-    def _() -> None:
+    def finish() -> None:
         seen = start[...] < end[...]
 
         def head(index: Any) -> None:
@@ -157,7 +157,7 @@ def query_gradient(
     tile = bound.first + step
 
     @pl.when(step == 0)
-    def _() -> None:
+    def begin() -> None:
         start[...], end[...] = columns(interval[0:1]), columns(interval[1:2])
         out[...] = jnp.zeros(out.shape, jnp.float32)
 
@@ -182,7 +182,7 @@ def query_gradient(
     masked_and_whole(tile < bound.last, bound.whole(tile), body)
 
     @pl.when(step == steps(bound.first, bound.last) - 1)
-    def _() -> None:
+    def finish() -> None:
         out[...] *= scale
 
 
@@ -204,7 +204,7 @@ def key_value_gradient(
     bound = Bounds.read(bounds, rows(batch, jnp.minimum(query_tile, jnp.maximum(last - 1, 0))))
 
     @pl.when((part == 0) & (step == 0))
-    def _() -> None:
+    def begin() -> None:
         key_out[...] = jnp.zeros(key_out.shape, jnp.float32)
         value_out[...] = jnp.zeros(value_out.shape, jnp.float32)
 
@@ -228,7 +228,7 @@ def key_value_gradient(
     masked_and_whole(live, bound.whole(tile), body)
 
 
-def _visible(start: Any, end: Any, tile: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def _visible(start: Any, end: Any, tile: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Which logits of [queries, keys] count."""
     here = lax.broadcasted_iota(jnp.int32, shape, 1)
     low, high = start[...] - tile * shape[1], end[...] - tile * shape[1]
