@@ -29,7 +29,7 @@ LAYERS = (
     ("weights",),
     ("models",),
     ("parallel", "data"),
-    ("optim", "observe", "mesh", "processes"),
+    ("optim", "observe", "mesh", "processes", "hardware"),
     ("config",),
     ("rules", "durations"),
     ("errors",),

@@ -149,6 +149,12 @@ def active_layout() -> Layout | None:
     return None if layout is None or layout.mesh.size == 1 else layout
 
 
+def active_platform() -> str:
+    """``"cpu"``, ``"gpu"`` or ``"tpu"``: what the traced program will run on, which may be a machine elsewhere."""
+    layout = _ACTIVE.get()
+    return jax.default_backend() if layout is None else str(layout.mesh.devices.flat[0].platform)
+
+
 def constrain_blocks(array: jax.Array, *, gathered: bool = False) -> jax.Array:
     """Pins blocks of examples, [blocks, rows, ...], to the devices that hold their examples.
 

@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.errors import UserError
 from vlpjax.models.positions import Rotation, rotate
-from vlpjax.parallel.attention import Interval, attend
+from vlpjax.parallel.attention import Interval
+from vlpjax.parallel.backends import attend
 from vlpjax.parallel.gathering import gathered
 
 
