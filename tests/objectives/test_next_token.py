@@ -98,7 +98,11 @@ def test_accumulation_is_exact(state: Any, found: Any) -> None:
     assert_trees_close(accumulated, found, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"replica": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [{"fsdp": 8}, {"replica": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "ring": 2, "ulysses": 2}, {"ring": 8}],
+    ids=str,
+)
 def test_every_mesh_has_the_same_loss_and_gradients(state: Any, found: Any, sizes: dict[str, int]) -> None:
     assert_trees_close(grads_of(config_of(), state, layout_of(8, **sizes)), found, rtol=1e-4, atol=1e-6)
 

@@ -17,10 +17,14 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.errors import UserError
+from vlpjax.mesh import active_layout
 from vlpjax.models.layers import Block, KeyValues, named, norm
 from vlpjax.models.positions import Rotary, Rotation
 from vlpjax.models.stack import Stack
 from vlpjax.parallel.attention import Interval, intersect, segments
+from vlpjax.parallel.gathering import gathered
+from vlpjax.parallel.order import TokenOrder
+from vlpjax.parallel.sequence import sequence_ranks
 
 KINDS = ("global", "local")
 
@@ -81,6 +85,8 @@ class Decoder(nn.Module):
       embed_scale: factor of the embeddings, cast to their type first; Gemma's is ``sqrt(width)``.
       tied: whether logits are products with the token embeddings; otherwise there is a ``head`` of its own.
       dropout: in training, share of the embedded tokens and of each branch's output that is zeroed.
+      sequence_scheme: how attention works where tokens lie over sequence ranks, one of
+        :data:`vlpjax.parallel.sequence.SCHEMES`; ``"auto"`` takes the fastest by :mod:`vlpjax.parallel.cost`.
       drop_path, scan, remat: of :class:`vlpjax.models.stack.Stack`.
       dtype: compute type; None is float32.  Parameters and logits are float32.
     """
@@ -113,6 +119,7 @@ class Decoder(nn.Module):
     embed_scale: float = 1.0
     tied: bool = True
     dropout: float = 0.0
+    sequence_scheme: str = "auto"
     drop_path: float = 0.0
     scan: bool = False
     remat: str = "none"
@@ -157,7 +164,13 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
         """Token embeddings, scaled, without positions: what ``__call__`` takes as ``embeddings``."""
-        rows = self.token_embedding(ids)
+        table = self.token_embedding.embedding
+        table = table.astype(self.dtype or table.dtype)
+        # Devices that share examples look pieces of all rows up and exchange them, which is less than the table.  With
+        # sequence ranks the compiler does not find that exchange, and every device would have all rows whole.
+        if sequence_ranks(active_layout()) > 1:
+            table = gathered(table, ("vocabulary", "embed"))
+        rows = jnp.take(table, ids, axis=0)
         return rows * jnp.asarray(self.embed_scale, rows.dtype) if self.embed_scale != 1 else rows
 
     def logits(self, tokens: Float[Array, "*leading width"]) -> Float[Array, "*leading vocabulary"]:
@@ -186,6 +199,7 @@ class Decoder(nn.Module):
         mask: Bool[Array, "#batch tokens keys"] | None = None,
         cache: KeyValues | None = None,
         start: Int[Array, ""] | int = 0,
+        order: TokenOrder | None = None,
         hidden: Sequence[int] = (),
         attention: Sequence[int] = (),
         logits: bool = True,
@@ -203,6 +217,11 @@ class Decoder(nn.Module):
           local_interval: what local layers see instead of that; of the shape of ``interval``.
           mask: the same as booleans, for masks that are no interval; without an ``interval`` it alone decides.
           cache: of :meth:`init_cache`; the tokens are written into the slots from ``start`` on, key indices are slots.
+          order: how the tokens of a row lie over the sequence ranks of the active layout.  Everything that is one per
+            token comes in this order and goes out in it, while intervals name keys by their index in the row; what
+            follows from the index (positions, intervals that are not given) is right by itself.  None is the row's
+            own order.  With a cache, its slots lie in this order, which is block-striped, and tokens are a prompt from
+            slot 0 on, or one token.
           hidden, attention: layers to return the tokens after, and the attention weights of; -1 is the last.
           logits: whether to compute them.
           train: whether dropout is on.
@@ -231,8 +250,15 @@ class Decoder(nn.Module):
         if self.length is not None and segment_ids is None and keys > self.length:
             raise UserError(f"The decoder takes {self.length} tokens (Decoder.length), but there are {keys}.")
 
+        if order is None and cache is None and (ranks := sequence_ranks(active_layout())) > 1:
+            order = TokenOrder("contiguous", ranks)
         index = jnp.asarray(start, jnp.int32) + jnp.arange(count, dtype=jnp.int32)[None]  # [1, T]
         own = None if segment_ids is None else segments(segment_ids)
+        spread = cache is None or count > 1  # one token is held by all sequence ranks
+        if order is not None and spread:
+            index = order.permute(index, 1)
+        if order is not None and segment_ids is not None:  # runs are runs in the row's own order
+            own = Interval(*(order.permute(x, 1) for x in segments(order.unpermute(segment_ids, 1))))
         if positions is None:
             positions = index if own is None else jnp.maximum(index - own.start, 0)
         if self.learned_positions:
@@ -275,11 +301,12 @@ class Decoder(nn.Module):
             dropout=self.dropout,
             norm=self.norm,
             epsilon=self.epsilon,
+            scheme=self.sequence_scheme,
             dtype=self.dtype,
         )
-        axes = ("batch", "sequence", "activation")
+        axes = ("batch", "sequence" if spread else None, "activation")
         stack = Stack(block, self.depth, self.scan, self.remat, self.drop_path, axes)
-        shared: dict[str, Any] = {"mask": mask}
+        shared: dict[str, Any] = {"mask": mask, "order": order}
         if cache is not None:
             shared["start"] = start
         if len(used) == 1:  # nothing to choose between

@@ -20,10 +20,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.errors import UserError
+from vlpjax.mesh import active_layout
 from vlpjax.models.positions import Rotation, rotate
-from vlpjax.parallel.attention import Interval
+from vlpjax.parallel.attention import Attended, Interval
 from vlpjax.parallel.backends import attend
+from vlpjax.parallel.cost import pick_scheme
 from vlpjax.parallel.gathering import gathered
+from vlpjax.parallel.order import TokenOrder
+from vlpjax.parallel.sequence import sequence_attention
+from vlpjax.parallel.sharded_cache import read_tokens
 
 
 def exact_gelu(x: jax.Array) -> jax.Array:
@@ -227,6 +232,8 @@ class Attention(nn.Module):
       depth: blocks in the tower, for the scale of the output projection's initial values.
       value_gain: factor of the value projection's initial values.
       epsilon: of ``qk_norm``.
+      scheme: of attention over sequence ranks (:data:`vlpjax.parallel.sequence.SCHEMES`), or ``"auto"``: the one that
+        :func:`vlpjax.parallel.cost.pick_scheme` picks.
       dtype: compute type; parameters are float32.
     """
 
@@ -241,6 +248,7 @@ class Attention(nn.Module):
     depth: int = 1
     value_gain: float = 1.0
     epsilon: float = 1e-6
+    scheme: str = "auto"
     dtype: Any = None
 
     @nn.compact
@@ -255,6 +263,7 @@ class Attention(nn.Module):
         rotation: Rotation | None = None,
         cache: KeyValues | None = None,
         start: Int[Array, ""] | int = 0,
+        order: TokenOrder | None = None,
         weights: bool = False,
     ) -> Mixed:
         """Attends.
@@ -266,6 +275,9 @@ class Attention(nn.Module):
           rotation: rotary positions of the tokens; queries and keys turn.
           cache: slots that the new keys and values are written into, from ``start`` on; all slots are attended
             to as far as the masks let them.
+          order: how the tokens of a row, and a cache's slots, lie over the sequence ranks; for attention to themselves.
+            Intervals, masks and biases name keys by their index in the row's own order.  With a cache, tokens are a
+            prompt from slot 0 on, or one token (:mod:`vlpjax.parallel.sharded_cache`).
           weights: also return the softmax.
 
         Raises:
@@ -307,13 +319,14 @@ class Attention(nn.Module):
         query, key, value = (
             checkpoint_name(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value"))
         )
-        if cache is not None:
-            cache = cache.write(key, value, jnp.asarray(start))
-            key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
-        options: dict[str, Any] = dict(
-            mask=mask, bias=bias, scale=self.scale, soft_cap=self.soft_cap, weights=weights
-        )
-        mixed = attend(query, key, value, interval, **options)
+        options: dict[str, Any] = dict(mask=mask, bias=bias, weights=weights)
+        if cache is not None and order is not None:
+            mixed, cache = self._read(query, key, value, interval, order, options, cache, start)
+        else:
+            if cache is not None:
+                cache = cache.write(key, value, jnp.asarray(start))
+                key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
+            mixed = self._mix(query, key, value, interval, order, options)
         out = dense(
             width,
             ("heads", "head_dim", "embed"),
@@ -324,6 +337,63 @@ class Attention(nn.Module):
             dtype=self.dtype,
         )(mixed.mixed)
         return Mixed(out, mixed.weights, cache)
+
+    @nn.nowrap
+    def _mix(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        interval: Interval | None,
+        order: TokenOrder | None,
+        options: dict[str, Any],
+    ) -> Attended:
+        """Attention over sequence ranks where tokens lie over them and one interval says what a token sees."""
+        logits = self._logits_options()
+        if order is None:
+            return attend(query, key, value, interval, **logits, **options)
+        if interval is None or _written_out(options) or active_layout() is None:
+            # Queries may stand in any order, keys may not.
+            key, value = order.unpermute(key, 1), order.unpermute(value, 1)
+            return attend(query, key, value, interval, **logits, **options)
+        scheme = self._scheme(query, key)
+        return Attended(sequence_attention(query, key, value, interval, order, scheme=scheme, **logits), None)
+
+    @nn.nowrap
+    def _read(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        interval: Interval | None,
+        order: TokenOrder,
+        options: dict[str, Any],
+        cache: KeyValues,
+        start: jax.Array | int,
+    ) -> tuple[Attended, KeyValues]:
+        """Attention to a cache whose slots lie over sequence ranks."""
+        if interval is None or _written_out(options):
+            raise UserError(
+                "A cache that lies over sequence ranks takes an interval, no mask, bias or weights."
+            )
+        scheme = self._scheme(query, key)
+        mixed, *written = read_tokens(
+            query, key, value, cache, interval, start, order, scheme=scheme, **self._logits_options()
+        )
+        return Attended(mixed, None), KeyValues(*written)
+
+    @nn.nowrap
+    def _logits_options(self) -> dict[str, Any]:
+        return {"scale": self.scale, "soft_cap": self.soft_cap}
+
+    @nn.nowrap
+    def _scheme(self, query: jax.Array, key: jax.Array) -> str:
+        return pick_scheme(query, key) if self.scheme == "auto" else self.scheme
+
+
+def _written_out(options: dict[str, Any]) -> bool:
+    """Whether attention was asked for what only its dense form has."""
+    return options["mask"] is not None or options["bias"] is not None or options["weights"]
 
 
 class Mlp(nn.Module):
@@ -381,6 +451,7 @@ class Block(nn.Module):
         Transformers", arXiv 2103.17239), or None.
       dropout: share of each branch's output that is zeroed in training.
       norm: a kind of :func:`norm`, and its ``epsilon``.
+      scheme: of :class:`Attention`.
       dtype: compute type.
     """
 
@@ -404,6 +475,7 @@ class Block(nn.Module):
     dropout: float = 0.0
     norm: str = "layer"
     epsilon: float = 1e-6
+    scheme: str = "auto"
     dtype: Any = None
 
     @nn.compact
@@ -420,6 +492,7 @@ class Block(nn.Module):
         cache: KeyValues | CrossKeyValues | None = None,
         start: Int[Array, ""] | int = 0,
         drop_path: Float[Array, ""] | float = 0.0,
+        order: TokenOrder | None = None,
         weights: bool = False,
         train: bool = False,
     ) -> Mixed:
@@ -469,14 +542,14 @@ class Block(nn.Module):
 
         fields: dict[str, Any] = dict(
             bias=self.qkv_bias, out_bias=self.out_bias, qk_norm=self.qk_norm, scale=self.scale, soft_cap=self.soft_cap,
-            depth=self.depth, epsilon=self.epsilon, dtype=self.dtype,
+            depth=self.depth, epsilon=self.epsilon, scheme=self.scheme, dtype=self.dtype,
         )  # fmt: skip
         attention = Attention(self.heads, self.kv_heads, self.head_dim, **fields, name="attention")
         options: dict[str, Any] = dict(
             mask=mask, bias=bias, rotation=rotation, start=start, weights=weights,
             cache=cache.own if isinstance(cache, CrossKeyValues) else cache,
         )  # fmt: skip
-        mixed = attention(enter("attention"), interval, **options)
+        mixed = attention(enter("attention"), interval, order=order, **options)
         tokens = checkpoint_name(leave("attention", mixed.tokens), "residual")
         if self.cross:
             attention = Attention(self.heads, self.kv_heads, self.head_dim, **fields, name="cross_attention")

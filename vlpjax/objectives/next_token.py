@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from vlpjax.errors import UserError
 from vlpjax.models.vocabulary_loss import vocabulary_loss
 from vlpjax.objectives.base import BatchCoupled, Context, Loss
+from vlpjax.parallel.sequence import active_order, lay_out
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class NextToken(BatchCoupled):
 
     def encode(self, context: Context) -> dict[str, jax.Array]:
         ids = context.read(self.field)
-        labels = ids[:, 1:]
+        inputs, labels = ids[:, :-1], ids[:, 1:]
         packed: dict[str, Any] = {}
         weights = jnp.ones(labels.shape, jnp.float32)
         if self.segment_field:
@@ -60,7 +61,13 @@ class NextToken(BatchCoupled):
                 )
             packed["segment_ids"] = segments[:, :-1]
             weights = ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)).astype(jnp.float32)
-        found = context.student.call(self.decoder, ids[:, :-1], **packed, logits=False, train=context.train)
+        # Rows may lie over several devices; what is one per token is dealt out now, after labels were shifted.
+        order = active_order(labels.shape[1])
+        inputs, labels, weights = lay_out(order, inputs, labels, weights)
+        packed = {name: lay_out(order, x)[0] for name, x in packed.items()}
+        found = context.student.call(
+            self.decoder, inputs, **packed, order=order, logits=False, train=context.train
+        )
         tower = context.student[self.decoder]
         _, each = vocabulary_loss(
             found["tokens"],

@@ -135,7 +135,8 @@ def backward(
         _pieces(gradient.astype(query.dtype), groups, chunk),
     )
     (d_key, d_value), d_query = jax.lax.scan(rows, (zeros, zeros), parts)
-    return _joined(d_query, count), *(_joined(x[:, :, :, None], key.shape[1]) for x in (d_key, d_value))
+    d_key, d_value = (_joined(x[:, :, :, None], key.shape[1]) for x in (d_key, d_value))
+    return _joined(d_query, count), d_key, d_value
 
 
 class _Sums(NamedTuple):

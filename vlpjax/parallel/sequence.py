@@ -1,0 +1,465 @@
+"""Attention whose tokens lie over several devices: five schemes behind one function, and decoding on a sharded cache.
+
+Queries, keys and values come in a :class:`vlpjax.parallel.order.TokenOrder` over the mesh axes ``ring`` and
+``ulysses``.  A scheme says which of the two axes trade tokens for heads first (all-to-all: afterwards a rank has more
+tokens and fewer heads), and how keys and values get around the remaining ranks: all gathered at once, or passed around
+in a ring while queries stay.
+
+=================  =======================  =========================
+scheme             tokens against heads     keys and values
+=================  =======================  =========================
+``gather``         on no axis               gathered over both axes
+``ring``           on no axis               passed around both axes
+``ulysses``        on both axes             all there
+``ulysses_gather`` on ``ulysses``           gathered over ``ring``
+``ulysses_ring``   on ``ulysses``           passed around ``ring``
+=================  =======================  =========================
+
+Each call is one ``shard_map`` forward and one backward, with its collectives written out.  Nothing of another rank is
+kept for the backward pass but the log of each query's softmax sum, in float32.
+
+Sources: "Ring Attention", arXiv 2310.01889; "DeepSpeed Ulysses", arXiv 2309.14509; "USP", arXiv 2405.07719; "LongVILA",
+arXiv 2408.10188.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from vlpjax.errors import UserError
+from vlpjax.mesh import Layout, active_layout, constrain
+from vlpjax.parallel import chunked
+from vlpjax.parallel.attention import Interval
+from vlpjax.parallel.order import TokenOrder, fitting_order
+
+SCHEMES = ("gather", "ring", "ulysses", "ulysses_gather", "ulysses_ring")
+
+
+class Kernels(NamedTuple):
+    """Attention on one device, forward and backward, as :mod:`vlpjax.parallel.chunked` defines them."""
+
+    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+
+
+CHUNKED = Kernels(chunked.forward, chunked.backward)
+
+
+def sequence_ranks(layout: Layout | None) -> int:
+    """Over how many devices the tokens of a row lie."""
+    return 1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in layout.rules["sequence"])
+
+
+def active_order(length: int) -> TokenOrder | None:
+    """The order for rows of this length on the active layout; None if its sequence axes have one device.
+
+    Raises:
+      UserError: a length that the sequence ranks do not divide.
+    """
+    ranks = sequence_ranks(active_layout())
+    return None if ranks == 1 else fitting_order(length, ranks)
+
+
+def lay_out(order: TokenOrder | None, *arrays: Int[Array, "batch tokens"]) -> tuple[jax.Array, ...]:
+    """Rows of ids, labels, positions, weights or intervals in an order, each token's on its rank.
+
+    Labels are shifted before; what is embedded afterwards is where attention wants it, and no embedding is moved.
+    """
+    if order is None:
+        return arrays
+    return tuple(constrain(order.permute(x, 1), "batch", "sequence") for x in arrays)
+
+
+def sequence_attention(
+    query: Float[Array, "batch tokens heads head_dim"],
+    key: Float[Array, "batch tokens kv_heads head_dim"],
+    value: Float[Array, "batch tokens kv_heads head_dim"],
+    interval: Interval,
+    order: TokenOrder,
+    *,
+    scheme: str = "gather",
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    kernels: Kernels = CHUNKED,
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """Self-attention of tokens that lie over the sequence ranks of the active layout.
+
+    Args:
+      query, key, value: unscaled, in ``order``.
+      interval: what each query (in ``order``) sees, in indices of the row's own order.
+      order: how the tokens lie.
+      scheme: one of :data:`SCHEMES`.
+      scale: of the logits; ``head_dim ** -0.5`` by default.
+      soft_cap: of the logits, or None.
+      kernels: attention on one device.
+
+    Returns:
+      the mixed values in ``order``; ``"attention_out"`` and ``"attention_lse"`` name what is kept for the backward
+      pass (:func:`jax.ad_checkpoint.checkpoint_name`).
+
+    Raises:
+      UserError: no layout with sequence ranks, another number of ranks in ``order``, an unknown scheme, or a batch, a
+        length or heads that the mesh does not divide.
+    """
+    plan = _Plan.of(query, key, order, scheme)
+    plan = plan._replace(
+        scale=query.shape[-1] ** -0.5 if scale is None else scale, soft_cap=soft_cap, kernels=kernels
+    )
+    interval = Interval(*jnp.broadcast_arrays(*(x.astype(jnp.int32) for x in interval)))
+    mixed: jax.Array = _attend(plan, query, key, value, interval)
+    return mixed
+
+
+def checked_heads(heads: int, kv_heads: int, tensor: int, ulysses: int) -> tuple[int, int]:
+    """How often heads of keys and values are repeated, so that each rank has those that its queries need.
+
+    Returns:
+      the repetitions over the tensor ranks, 1 where these divide the heads; and those in the exchange that follows.
+
+    Raises:
+      UserError: heads that cannot be dealt out.
+    """
+    unit = tensor * ulysses
+    if heads % unit:
+        near = f"{heads // unit * unit} or {-(-heads // unit) * unit}" if heads > unit else f"{unit}"
+        raise UserError(
+            f"{heads} attention heads cannot be dealt out over tensor={tensor} x ulysses={ulysses}; the nearest "
+            f"numbers of heads that work are {near}."
+        )
+    over = 1 if kv_heads % tensor == 0 else tensor // kv_heads
+    local = kv_heads * over // tensor
+    again = math.lcm(local, ulysses) // local if local else 0
+    if kv_heads * over % tensor or not again or (heads // tensor) % (local * again):
+        raise UserError(
+            f"{kv_heads} heads of keys and values, for {heads} of queries, cannot be dealt out over tensor={tensor} x "
+            f"ulysses={ulysses}; a multiple or a divisor of {unit} works."
+        )
+    return over, again
+
+
+class _Plan(NamedTuple):
+    """One call: who exchanges what with whom.
+
+    Attributes:
+      batch, tensor: mesh axes of examples and of heads.
+      inner: mesh axes whose ranks trade tokens for heads.
+      outer: mesh axes around which keys and values get.
+      rotate: in a ring, or all at once.
+      order: how tokens lie over outer and inner ranks together, of rows of ``length``.
+      over, again: of :func:`checked_heads`.
+    """
+
+    mesh: Mesh
+    batch: tuple[str, ...]
+    tensor: tuple[str, ...]
+    inner: tuple[str, ...]
+    outer: tuple[str, ...]
+    rotate: bool
+    order: TokenOrder
+    length: int
+    over: int
+    again: int
+    scale: float = 1.0
+    soft_cap: float | None = None
+    kernels: Kernels = CHUNKED
+
+    @classmethod
+    def of(cls, query: jax.Array, key: jax.Array, order: TokenOrder, scheme: str) -> _Plan:
+        """The plan for arrays of these shapes on the active layout, checked."""
+        layout = layout_for(order)
+        if scheme not in SCHEMES:
+            raise UserError(f"The sequence scheme is {scheme!r}; there are {', '.join(map(repr, SCHEMES))}.")
+        order.check(query.shape[1])
+        layout.spec(("batch", "sequence", None, None), query.shape, "The query of attention")
+        batch, tensor, sequence = (used_axes(layout, name) for name in ("batch", "heads", "sequence"))
+        inner = sequence if scheme == "ulysses" else ()
+        if scheme.startswith("ulysses_"):
+            inner = tuple(axis for axis in sequence if axis == "ulysses")
+        outer = tuple(axis for axis in sequence if axis not in inner)
+        sizes = [math.prod(layout.mesh.shape[axis] for axis in axes) for axes in (tensor, inner)]
+        over, again = checked_heads(query.shape[2], key.shape[2], *sizes)
+        rotate = scheme.endswith("ring")
+        return cls(layout.mesh, batch, tensor, inner, outer, rotate, order, query.shape[1], over, again)
+
+    def size(self, axes: tuple[str, ...]) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    @property
+    def outer_order(self) -> TokenOrder:
+        """How tokens lie over the outer ranks once the inner ones have traded."""
+        return self.order.grouped(self.size(self.inner))
+
+    def run(self, function: Callable[..., Any], given: str, returned: str, *arrays: Any) -> Any:
+        """``function`` on every device; ``given`` and ``returned`` say what arrays are, one letter each."""
+        interval: Interval = arrays[given.index("i")]
+        tokens = (*self.outer, *self.inner)
+        seen = PartitionSpec(self.batch if interval.start.shape[0] > 1 else None, tokens)
+        specs = {
+            "q": PartitionSpec(self.batch, tokens, self.tensor, None),
+            "k": PartitionSpec(self.batch, tokens, self.tensor if self.over == 1 else None, None),
+            "i": seen,  # of both ends
+            "l": PartitionSpec(self.batch, (*self.tensor, *self.inner), self.outer),
+        }
+        # Gradients are written out by hand, and kernels do not say over which axes their results vary.
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=tuple(specs[letter] for letter in given),
+            out_specs=tuple(specs[letter] for letter in returned),
+            check_vma=False,
+        )(*arrays)
+
+
+def layout_for(order: TokenOrder) -> Layout:
+    """The active layout, whose sequence ranks are those of ``order``."""
+    layout = active_layout()
+    ranks = sequence_ranks(layout)
+    if layout is None or ranks != order.ranks:
+        raise UserError(
+            f"The tokens' order is for {order.ranks} sequence ranks, but the mesh has ring x ulysses = {ranks}."
+        )
+    return layout
+
+
+def used_axes(layout: Layout, name: str) -> tuple[str, ...]:
+    """The mesh axes of a logical axis that have more than one device."""
+    return tuple(axis for axis in layout.rules[name] if layout.mesh.shape[axis] > 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: _Plan, query: jax.Array, key: jax.Array, value: jax.Array, interval: Interval) -> jax.Array:
+    return _attend_forward(plan, query, key, value, interval)[0]
+
+
+def _attend_forward(
+    plan: _Plan, query: jax.Array, key: jax.Array, value: jax.Array, interval: Interval
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    mixed, lse = plan.run(functools.partial(_forward, plan), "qkki", "ql", query, key, value, interval)
+    mixed, lse = checkpoint_name(mixed, "attention_out"), checkpoint_name(lse, "attention_lse")
+    return mixed, (query, key, value, interval, mixed, lse)
+
+
+def _attend_backward(plan: _Plan, kept: tuple[Any, ...], gradient: jax.Array) -> tuple[Any, ...]:
+    run = functools.partial(_backward, plan)
+    d_query, d_key, d_value = plan.run(run, "qkkiqlq", "qkk", *kept, gradient)
+    return d_query, d_key, d_value, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward(
+    plan: _Plan, query: jax.Array, key: jax.Array, value: jax.Array, interval: Interval
+) -> tuple[jax.Array, jax.Array]:
+    """One device's part of the forward pass."""
+    query, key, value = to_heads(plan, query), _own_heads(plan, key), _own_heads(plan, value)
+    interval = _with_inner_ranks(plan, interval)
+    forward = functools.partial(plan.kernels.forward, scale=plan.scale, soft_cap=plan.soft_cap)
+    if plan.rotate and plan.outer:
+        mixed, lse = _ring_forward(plan, forward, query, key, value, interval)
+    else:
+        mixed, lse = forward(query, _gathered(plan, key), _gathered(plan, value), interval)
+    return to_tokens(plan, mixed), lse
+
+
+def _backward(
+    plan: _Plan,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    interval: Interval,
+    mixed: jax.Array,
+    lse: jax.Array,
+    gradient: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One device's part of the backward pass."""
+    dtypes = query.dtype, key.dtype, value.dtype
+    count = key.shape[2]
+    query, mixed, gradient = (to_heads(plan, x) for x in (query, mixed, gradient))
+    key, value, interval = _own_heads(plan, key), _own_heads(plan, value), _with_inner_ranks(plan, interval)
+    options: dict[str, Any] = dict(scale=plan.scale, soft_cap=plan.soft_cap)
+
+    def backward(key: jax.Array, value: jax.Array, seen: Interval) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return plan.kernels.backward(query, key, value, seen, mixed, lse, gradient, **options)
+
+    if plan.rotate and plan.outer:
+        d_query, d_key, d_value = _ring_backward(plan, backward, query, key, value, interval)
+    else:
+        d_query, *rest = backward(_gathered(plan, key), _gathered(plan, value), interval)
+        d_key, d_value = (_scattered(plan, x.astype(jnp.float32)) for x in rest)
+    d_query = to_tokens(plan, d_query.astype(dtypes[0]))
+    d_key, d_value = (_back_from_own_heads(plan, x, count) for x in (d_key, d_value))
+    return d_query, d_key.astype(dtypes[1]), d_value.astype(dtypes[2])
+
+
+# Keys and values around the outer ranks.
+
+
+def _ring_forward(
+    plan: _Plan,
+    forward: Callable[..., tuple[jax.Array, jax.Array]],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    interval: Interval,
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values pass by; what each part adds is weighted by its share of the softmax's sum."""
+    rank, ranks = jax.lax.axis_index(plan.outer), plan.size(plan.outer)
+
+    def part(step: jax.Array | int, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+        seen = plan.outer_order.local(interval, (rank - step) % ranks, plan.length)
+        mixed, lse = forward(query, key, value, seen)
+        return mixed.astype(jnp.float32), lse
+
+    def turn(carry: Any, step: jax.Array) -> tuple[Any, None]:
+        mixed, lse, key, value = carry
+        # The next keys are under way while these are used.
+        coming = _passed_on(plan, (key, value))
+        return (*merge(mixed, lse, *part(step, key, value)), *coming), None
+
+    nothing = jnp.zeros(query.shape, jnp.float32), jnp.full(_heads_first(query.shape), -jnp.inf, jnp.float32)
+    (mixed, lse, key, value), _ = jax.lax.scan(turn, (*nothing, key, value), jnp.arange(ranks - 1))
+    mixed, lse = merge(mixed, lse, *part(ranks - 1, key, value))
+    return mixed.astype(query.dtype), lse
+
+
+def _ring_backward(
+    plan: _Plan,
+    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    interval: Interval,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys and values pass by once more, and their gradients a step behind them, until they are back at home."""
+    rank, ranks = jax.lax.axis_index(plan.outer), plan.size(plan.outer)
+
+    def turn(carry: Any, step: jax.Array | int, last: bool = False) -> tuple[Any, None]:
+        d_query, sums, keys = carry
+        # Neither needs this step's products: the sums of these keys come from the rank that had them before.
+        coming = keys if last else _passed_on(plan, keys)
+        sums = _passed_on(plan, sums)
+        seen = plan.outer_order.local(interval, (rank - step) % ranks, plan.length)
+        found, *rest = backward(*keys, seen)
+        sums = tuple(total + x.astype(jnp.float32) for total, x in zip(sums, rest, strict=True))
+        return (d_query + found.astype(jnp.float32), sums, coming), None
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (key, value))
+    start = (jnp.zeros(query.shape, jnp.float32), zeros, (key, value))
+    carry, _ = jax.lax.scan(turn, start, jnp.arange(ranks - 1))
+    (d_query, sums, _), _ = turn(carry, ranks - 1, last=True)
+    d_key, d_value = _passed_on(plan, sums)
+    return d_query, d_key, d_value
+
+
+def _passed_on(plan: _Plan, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """What the rank before had."""
+    ranks = plan.size(plan.outer)
+    onward = [(rank, (rank + 1) % ranks) for rank in range(ranks)]
+    return tuple(jax.lax.ppermute(x, plan.outer, onward) for x in arrays)
+
+
+def merge(
+    mixed: jax.Array, lse: jax.Array, more: jax.Array, more_lse: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Attention to two sets of keys from that to each; values float32 [B, Q, H, D], sums [B, H, Q]."""
+    total = jnp.logaddexp(lse, more_lse)
+    base = jnp.where(jnp.isneginf(total), 0.0, total)
+    ours, theirs = (jnp.swapaxes(jnp.exp(x - base), 1, 2)[..., None] for x in (lse, more_lse))
+    return mixed * ours + more * theirs, total
+
+
+def _heads_first(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    return shape[0], shape[2], shape[1]
+
+
+def _gathered(plan: _Plan, x: jax.Array) -> jax.Array:
+    """The keys of all outer ranks, ascending."""
+    if not plan.outer:
+        return x
+    tiles = jax.lax.all_gather(_tiled(x, plan.outer_order, plan.length), plan.outer, axis=2)
+    return _untiled(plan.order.turned(tiles, 1))
+
+
+def _scattered(plan: _Plan, x: jax.Array) -> jax.Array:
+    """The sum over outer ranks of gradients of all keys, each rank's own: what :func:`_gathered` is pulled back by."""
+    if not plan.outer:
+        return x
+    count, tile = plan.outer_order.tiles(plan.length)
+    tiles = plan.order.turned(x.reshape(x.shape[0], count, -1, tile, *x.shape[2:]), 1)
+    # Ranks first, and no cast before the sum is there: or the TPU compiler sums up all of it everywhere, and rounded.
+    summed = jax.lax.psum_scatter(jnp.moveaxis(tiles, 2, 0), plan.outer, scatter_dimension=0)
+    return jax.lax.optimization_barrier(_untiled(summed[:, :, None]))
+
+
+# Tokens against heads among the inner ranks.
+
+
+def to_heads(plan: _Plan, x: jax.Array) -> jax.Array:
+    """[b, s, h, d] of own tokens -> [b, inner s, h / inner, d] of all inner ranks' tokens, ascending."""
+    if not plan.inner:
+        return x
+    x = _tiled(x, plan.order, plan.length)  # [b, n, T, h, d]
+    x = x.reshape(*x.shape[:3], plan.size(plan.inner), -1, x.shape[-1])
+    x = jax.lax.all_to_all(x, plan.inner, split_axis=3, concat_axis=2)  # [b, n, inner, T, h / inner, d]
+    return _untiled(plan.order.turned(x, 1))
+
+
+def to_tokens(plan: _Plan, x: jax.Array) -> jax.Array:
+    """Undoes :func:`to_heads`."""
+    if not plan.inner:
+        return x
+    count, tile = plan.order.tiles(plan.length)
+    x = plan.order.turned(x.reshape(x.shape[0], count, -1, tile, *x.shape[2:]), 1)
+    x = jax.lax.all_to_all(x, plan.inner, split_axis=2, concat_axis=3)  # [b, n, T, inner, h / inner, d]
+    return x.reshape(x.shape[0], count * tile, -1, x.shape[-1])
+
+
+def _with_inner_ranks(plan: _Plan, interval: Interval) -> Interval:
+    """The intervals of all inner ranks' queries."""
+    if not plan.inner:
+        return interval
+
+    def gather(x: jax.Array) -> jax.Array:
+        tiles = jax.lax.all_gather(_tiled(x, plan.order, plan.length), plan.inner, axis=2)
+        return _untiled(plan.order.turned(tiles, 1))
+
+    return Interval(gather(interval.start), gather(interval.end))
+
+
+def _own_heads(plan: _Plan, x: jax.Array) -> jax.Array:
+    """Those heads of keys or values that this rank's queries need, of all inner ranks' tokens."""
+    if plan.over > 1:
+        x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(plan.tensor) // plan.over, 1, axis=2)
+    return to_heads(plan, x if plan.again == 1 else jnp.repeat(x, plan.again, axis=2))
+
+
+def _back_from_own_heads(plan: _Plan, x: jax.Array, count: int) -> jax.Array:
+    """What :func:`_own_heads` is pulled back by: gradients of heads that were repeated are summed."""
+    x = to_tokens(plan, x)
+    if plan.again > 1:
+        x = jnp.sum(x.reshape(*x.shape[:2], -1, plan.again, x.shape[-1]), axis=3)
+    if plan.over > 1:
+        all_heads = jnp.zeros((*x.shape[:2], count, x.shape[-1]), x.dtype)
+        head = jax.lax.axis_index(plan.tensor) // plan.over
+        x = jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(all_heads, x, head, axis=2), plan.tensor)
+    return x
+
+
+def _tiled(x: jax.Array, order: TokenOrder, length: int) -> jax.Array:
+    """A rank's tokens [b, s, ...] as tiles [b, n, T, ...]."""
+    return x.reshape(x.shape[0], *order.tiles(length), *x.shape[2:])
+
+
+def _untiled(x: jax.Array) -> jax.Array:
+    """Tiles of several ranks [b, n, ranks, T, ...] as tokens."""
+    return x.reshape(x.shape[0], -1, *x.shape[4:])
