@@ -36,7 +36,7 @@ $(VENV)/.ready-$(ACCELERATOR): $(REQUIREMENTS) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.ready-dev: $(REQUIREMENTS) | $(BIN)/python
-	$(INSTALL) '.[cpu,data,torch,gguf,dev]'
+	$(INSTALL) '.[cpu,data,torch,gguf,plan,dev]'
 	@touch $@ $(VENV)/.ready-cpu
 
 quickstart: $(VENV)/.ready-$(ACCELERATOR)

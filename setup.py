@@ -1,8 +1,8 @@
 """Installs vlpjax: ``pip install -e '.[cpu]'``.
 
 The core trains, evaluates and reports on any hardware; extras choose the accelerator (``cpu``, ``tpu``,
-``cuda``) and add the programs around training (``data``, ``beam``, ``torch``, ``gguf``, ``launch``) and the tools of
-its developers (``dev``).  ``constraints.txt`` holds the exact versions that the checks run with.
+``cuda``) and add the programs around training (``data``, ``beam``, ``torch``, ``gguf``, ``launch``, ``plan``) and
+the tools of its developers (``dev``).  ``constraints.txt`` holds the exact versions that the checks run with.
 """
 
 import re
@@ -54,6 +54,9 @@ EXTRAS = {
     "tpu": [f"jax[tpu]{JAX}"],
     "cuda": [f"jax[cuda13]{JAX}"],
     "cuda12": [f"jax[cuda12]{JAX}"],
+    # Plans runs for TPU slices that are not there: the compiler alone, for Linux on x86-64.  (What plans must not be
+    # what trains on CPUs: with it, JAX looks for TPUs first unless JAX_PLATFORMS says cpu.)
+    "plan": ["libtpu==0.0.42.*; platform_system == 'Linux' and platform_machine == 'x86_64'"],
     # Builds data sets; training never imports it.
     "beam": BEAM,
     "data": [*BEAM, "resvg_py==0.5.0"],  # another release of the renderer would draw other bytes

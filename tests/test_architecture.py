@@ -20,8 +20,8 @@ LIBRARY = {file: text for file, text in FILES.items() if file.startswith("vlpjax
 # The parts of vlpjax from top to bottom.  A part imports from the lines below its own only, never from its
 # neighbours: this alone rules out every circle.
 LAYERS = (
-    ("main",),
-    ("trainer", "describe", "exchange"),
+    ("main", "plans"),
+    ("trainer", "describe", "exchange", "plan"),
     ("run",),
     ("step", "evaluators", "checkpoint", "workdir"),
     ("experiment", "state"),
@@ -29,7 +29,7 @@ LAYERS = (
     ("weights",),
     ("models",),
     ("parallel", "data"),
-    ("optim", "observe", "mesh", "processes", "hardware"),
+    ("optim", "observe", "mesh", "processes", "hardware", "planning", "flags"),
     ("config",),
     ("rules", "durations"),
     ("errors",),

@@ -66,7 +66,7 @@ def test_every_import_of_the_library_is_declared(declared):
     )
 
 
-PROVEN = ("cpu", "data", "torch", "gguf", "dev")  # the extras that `make test` installs
+PROVEN = ("cpu", "data", "torch", "gguf", "plan", "dev")  # the extras that `make test` installs
 
 
 def test_constraints_hold_every_requirement_exactly(declared):

@@ -6,8 +6,8 @@ It holds no array.  The step, the planner, ``describe``, the evaluators and the 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from vlpjax.config import TYPE, Config, build, resolve
 from vlpjax.durations import Durations
 from vlpjax.errors import UserError
+from vlpjax.flags import compiler_options
 from vlpjax.models.towers import Towers
 from vlpjax.objectives.base import Context, Loss, Objective, fold_name, head_name
 from vlpjax.optim.optimizer import Optimizer
@@ -38,6 +39,7 @@ class Experiment:
       seed: of all randomness in the model.
       accumulate: micro-batches per step.
       compute_dtype: ``"float32"`` or ``"bfloat16"``, and ``precision_reason`` says why.
+      compiler_options: what the step is compiled with.
     """
 
     towers: Towers
@@ -49,16 +51,22 @@ class Experiment:
     accumulate: int
     compute_dtype: str
     precision_reason: str
+    compiler_options: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def from_config(cls, config: ConfigDict, durations: Durations) -> Experiment:
+    def from_config(
+        cls, config: ConfigDict, durations: Durations, devices: Sequence[Any] | None = None
+    ) -> Experiment:
         """Builds the pure parts of ``config``.
+
+        Args:
+          devices: that it is for; this machine's by default.
 
         Raises:
           UserError: no objective, a head whose name collides with a tower, a batch that ``accumulate`` does
             not divide, or whatever a part says about its own fields.
         """
-        dtype, reason = choose_precision(config.precision)
+        dtype, reason = choose_precision(config.precision, devices)
         modules, objectives = build_modules(config, dtype)
         if not objectives:
             raise UserError("config.objectives is empty; name at least one objective.")
@@ -76,6 +84,9 @@ class Experiment:
             accumulate=config.accumulate,
             compute_dtype=dtype,
             precision_reason=reason,
+            compiler_options=compiler_options(
+                (jax.devices() if devices is None else devices)[0], config.compiler_options
+            ),
         )
 
     def make_optimizer(self, params: Any) -> optax.GradientTransformation:
@@ -190,23 +201,31 @@ def base_config() -> Config:
         checkpoint=dict(every="10%", keep=2),
         log=dict(every="10 steps"),
         profile="",  # steps to trace, such as "10:15"
+        compiler_options=(),  # "name=value", over those of vlpjax/flags.py
+        plan=dict(
+            topology="",  # such as "v5p:4x4x8", for --mode=plan
+            attention_efficiency=0.5,  # share of the chip's peak that attention kernels are taken to reach
+            attention_share=1.0,  # of query-key pairs that masks let through: 0.5 where attention is causal
+            evaluation=True,  # whether the forward pass on a batch is planned too
+        ),
     )
 
 
-def choose_precision(setting: str) -> tuple[str, str]:
+def choose_precision(setting: str, devices: Sequence[Any] | None = None) -> tuple[str, str]:
     """The compute type and why: parameters, optimizer, norms' statistics, softmax and losses stay float32.
 
     Args:
       setting: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
+      devices: that the experiment is for; this machine's by default.
     """
     if setting in ("float32", "bfloat16"):
         return setting, "config.precision asks for it"
     if setting != "auto":
         raise UserError(f"config.precision is {setting!r}; there are 'auto', 'float32' and 'bfloat16'.")
-    platform = jax.default_backend()
-    if platform == "cpu":
+    device = (jax.devices() if devices is None else devices)[0]
+    if device.platform == "cpu":
         return "float32", "the CPU has no fast bfloat16 arithmetic"
-    return "bfloat16", f"the matrix units of {jax.devices()[0].device_kind} are built for it"
+    return "bfloat16", f"the matrix units of {device.device_kind} are built for it"
 
 
 def _build_module(node: ConfigDict, dtype: str) -> nn.Module:

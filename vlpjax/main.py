@@ -5,6 +5,7 @@ Every leaf of the config can be set: ``--config.optimizer.learning_rate=1e-3``.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 from vlpjax.errors import UserError
 
-MODES = ("train", "eval", "describe")
+MODES = ("train", "eval", "describe", "plan")
 HELP = """python -m vlpjax.main --config=FILE[:ARGUMENT] --workdir=DIR [--mode=MODE] [--config.ANY.LEAF=VALUE ...]
 
   --config=FILE[:ARGUMENT]   an experiment, such as experiments/quickstart.py or experiments/quickstart.py:concept
@@ -21,6 +22,10 @@ HELP = """python -m vlpjax.main --config=FILE[:ARGUMENT] --workdir=DIR [--mode=M
   --mode=train               train, evaluate, write report.html (the default)
   --mode=eval                evaluate the newest checkpoint in --workdir
   --mode=describe            print towers, parameters, shardings, FLOPs, memory and the whole config; no training
+  --mode=plan                compile the train step for --config.plan.topology=v5p:8x8x4 (a TPU slice that need not be
+                             there) and print memory, time, traffic and what bounds them; no training
+  --plan_json=FILE           the plan as JSON too
+  --plan_hlo=FILE            the text of the compiled program too, from which all sums are made
   --compilation_cache=DIR    where compiled programs are kept between runs (default:
                              $JAX_COMPILATION_CACHE_DIR, or a folder in ~/.cache);
                              empty turns it off
@@ -59,8 +64,13 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(
             "--config is missing; name an experiment, such as --config=experiments/quickstart.py."
         )
-    if mode != "describe" and not flags.get("workdir"):
+    if mode not in ("describe", "plan") and not flags.get("workdir"):
         raise UserError(f"--workdir is missing; --mode={mode} needs a directory for the run.")
+    if mode == "plan":
+        return _plan(flags, overrides)
+    for name in ("plan_json", "plan_hlo"):
+        if name in flags:
+            raise UserError(f"--{name} belongs to --mode=plan, and --mode is {mode}.")
     _start(flags)
 
     from vlpjax import config as configs
@@ -82,9 +92,35 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _plan(flags: dict[str, str], overrides: list[tuple[str, str]]) -> int:
+    """``--mode=plan``."""
+    for name in ("coordinator", "num_processes", "process_id"):
+        if name in flags:
+            raise UserError(
+                f"--{name} starts one of several processes; planning is done by one alone, leave it out."
+            )
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from vlpjax.planning import topology
+
+    topology.prepare()
+    from vlpjax.plan import load_for_topology, plan
+    from vlpjax.planning.report import as_json, as_text
+
+    found = plan(load_for_topology(flags["config"], overrides), flags.get("plan_hlo"))
+    if "plan_json" in flags:
+        with open(flags["plan_json"], "w", encoding="utf-8") as file:
+            json.dump(as_json(found), file, indent=2)
+    print(as_text(found))
+    return 0
+
+
 def parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """Splits the arguments into flags and overrides ``(dotted path, text)``; both ``--a=b`` and ``--a b`` work."""
-    known = ("config", "workdir", "mode", "compilation_cache", "coordinator", "num_processes", "process_id")
+    known = (
+        *("config", "workdir", "mode", "compilation_cache", "coordinator", "num_processes", "process_id"),
+        *("plan_json", "plan_hlo"),
+    )
     flags: dict[str, str] = {}
     overrides: list[tuple[str, str]] = []
     rest = list(arguments)
@@ -111,6 +147,9 @@ def _start(flags: dict[str, str]) -> None:
     """What must happen before JAX makes its first device: cache, log levels, other processes."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    from vlpjax.planning.topology import ignore_absent_chips
+
+    ignore_absent_chips()
     import jax
     from absl import logging as absl_logging
 

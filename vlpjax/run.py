@@ -6,7 +6,7 @@ Training, evaluation and ``describe`` all begin with it.  Nothing is computed an
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,15 +42,18 @@ class Run:
     experiment: Experiment
 
     @classmethod
-    def from_config(cls, config: ConfigDict, *, data: bool = True) -> Run:
+    def from_config(
+        cls, config: ConfigDict, *, data: bool = True, devices: Sequence[Any] | None = None
+    ) -> Run:
         """Builds everything that can be checked before anything is compiled.
 
         Args:
           data: whether the training data is there.  Otherwise what ``config.data.example`` declares stands for it,
             which is all that describing and compiling need.
+          devices: that it is for, which need not be there to compile for them; this machine's by default.
         """
         check_complete(config)
-        layout = make_layout(config.mesh, config.sharding_rules)
+        layout = make_layout(config.mesh, config.sharding_rules, devices)
         pipeline = build(config.data.train) if data else declared_pipeline(config)
         if not isinstance(pipeline, Pipeline):
             raise UserError("config.data.train must be a spec of vlpjax.data.pipeline:Pipeline.")
@@ -59,7 +62,7 @@ class Run:
         if total < 1:
             raise UserError(f"config.duration={config.duration!r} is {total} steps; a run has at least one.")
         durations = Durations(pipeline.batch_size, pipeline.num_examples, total)
-        return cls(config, layout, pipeline, Experiment.from_config(config, durations))
+        return cls(config, layout, pipeline, Experiment.from_config(config, durations, devices))
 
     @property
     def total_steps(self) -> int:
@@ -115,7 +118,7 @@ def check_complete(config: ConfigDict) -> None:
     """Raises ``UserError`` for a field that nothing reads, and for a part that must be set and is not."""
     known = base_config()
     _only(config, known, "config")
-    for group in ("start", "checkpoint", "log"):
+    for group in ("start", "checkpoint", "log", "plan"):
         _only(config[group], known[group], f"config.{group}")
     _only(config.data, ("train", "example", "examples"), "config.data")
     for name in config.objectives:
@@ -138,12 +141,12 @@ def _only(config: ConfigDict, known: Iterable[str], where: str) -> None:
             raise UserError(f"{where} has no field {name!r}{suggest(name, known)}.")
 
 
-def apply_mesh_rules(config: Config) -> Config:
-    """Applies the first of ``config.mesh_rules`` that matches this machine's devices.
+def apply_mesh_rules(config: Config, devices: Sequence[Any] | None = None) -> Config:
+    """Applies the first of ``config.mesh_rules`` that matches the devices; this machine's by default.
 
     It comes before the command line, whose overrides therefore win.
     """
-    changes: Any = pick_rule(config.mesh_rules, hardware_name())
+    changes: Any = pick_rule(config.mesh_rules, hardware_name(devices))
     if changes is not None:
         apply_overrides(config, [(path, str(changes[path])) for path in changes])
     return config

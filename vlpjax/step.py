@@ -64,6 +64,24 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding),
         out_shardings=(shardings, layout.replicated),
+        compiler_options=dict(experiment.compiler_options) or None,
+    )
+
+
+def make_loss_step(
+    experiment: Experiment, layout: Layout, shardings: TrainState, batch_sharding: NamedSharding
+) -> Callable[[TrainState, Batch], jax.Array]:
+    """The jitted forward pass: the weighted loss of a batch, with no gradient and no update."""
+
+    def step(state: TrainState, batch: Batch) -> jax.Array:
+        with layout.activate():
+            return batch_loss(experiment, state, batch)
+
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding),
+        out_shardings=layout.replicated,
+        compiler_options=dict(experiment.compiler_options) or None,
     )
 
 
@@ -116,6 +134,12 @@ def train_step(
     return new_state, metrics
 
 
+def batch_loss(experiment: Experiment, state: TrainState, batch: Batch) -> jax.Array:
+    """The weighted sum of all objectives on a whole batch at once."""
+    losses, _ = _losses(experiment, state, state.params, batch)
+    return _weighted(experiment, losses)
+
+
 def gradients(experiment: Experiment, state: TrainState, batch: Batch) -> tuple[dict[str, Loss], Any, Any]:
     """Losses, new normalisation statistics, and the gradient of the weighted sum of the losses."""
     if experiment.accumulate == 1:
@@ -127,20 +151,24 @@ def _plain_gradients(
     experiment: Experiment, state: TrainState, batch: Batch
 ) -> tuple[dict[str, Loss], Any, Any]:
     def loss(params: Any) -> tuple[jax.Array, Any]:
-        losses, statistics = _apply(
-            experiment,
-            state,
-            params,
-            state.statistics,
-            micro=0,
-            function=lambda towers, rng, teachers: experiment.run_objectives(
-                towers, batch, rng, teachers, state.objectives, state.step, _step_key(experiment, state)
-            ),
-        )
+        losses, statistics = _losses(experiment, state, params, batch)
         return _weighted(experiment, losses), (losses, statistics)
 
     grads, (losses, statistics) = jax.grad(loss, has_aux=True)(state.params)
     return losses, statistics, grads
+
+
+def _losses(
+    experiment: Experiment, state: TrainState, params: Any, batch: Batch
+) -> tuple[dict[str, Loss], Any]:
+    """All losses of a batch, and the new normalisation statistics."""
+
+    def function(towers: Towers, rng: jax.Array, teachers: Any) -> dict[str, Loss]:
+        return experiment.run_objectives(
+            towers, batch, rng, teachers, state.objectives, state.step, _step_key(experiment, state)
+        )
+
+    return _apply(experiment, state, params, state.statistics, 0, function)
 
 
 def _accumulated_gradients(

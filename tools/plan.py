@@ -1,0 +1,87 @@
+"""Plans several settings of an experiment for a TPU slice that is not there, side by side, or searches among them.
+
+    python tools/plan.py --config=experiments/contrastive/siglip.py:paper --topology=v5e:16x16 \\
+        --compare "mesh.fsdp=256" "mesh.fsdp=64,mesh.tensor=4" "accumulate=4"
+    python tools/plan.py --config=experiments/contrastive/siglip.py:paper --topology=v5e:16x16 --search \\
+        --meshes "fsdp=256" "fsdp=64,tensor=4" --remat=none,projections,full --batch=16384,32768
+
+Each word after ``--compare`` is one setting: changes of the config with commas between them, on top of those of
+``--set``; an empty word is the experiment as it is.  ``--search`` tries every combination of meshes, kinds of
+rematerialisation (of all towers that have them) and batch sizes, and ranks what fits by examples per second; what does
+not fit is named last.  ``--json`` keeps all plans.  One setting is one compilation, which may take minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
+
+from vlpjax.errors import UserError
+from vlpjax.planning import topology
+from vlpjax.planning.report import as_json, comparison
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="FILE[:ARGUMENT], as for vlpjax.main")
+    parser.add_argument("--topology", required=True, help=f"a TPU slice: {topology.FORMS}")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="for all settings")
+    parser.add_argument("--compare", nargs="+", metavar="PATH=VALUE,...", help="settings, one a word")
+    parser.add_argument("--search", action="store_true", help="try meshes x rematerialisation x batch sizes")
+    parser.add_argument(
+        "--meshes",
+        nargs="+",
+        default=[],
+        metavar="AXIS=SIZE,...",
+        help="to search (default: all useful ones)",
+    )
+    parser.add_argument("--remat", default="", help="to search, with commas between (default: as configured)")
+    parser.add_argument("--batch", default="", help="to search, with commas between (default: as configured)")
+    parser.add_argument("--json", type=Path, help="file for all plans")
+    given = parser.parse_args(arguments)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        topology.prepare()
+        from vlpjax import plans
+
+        base = [("plan.topology", given.topology), *map(plans.change, given.set)]
+        if given.search == bool(given.compare):
+            raise UserError("Give either --compare with settings, or --search.")
+        if given.search:
+            settings = plans.candidates(
+                given.config,
+                base,
+                given.meshes,
+                _words(given.remat),
+                [int(size) for size in _words(given.batch)],
+            )
+        else:
+            settings = [plans.Setting.of(word) for word in given.compare]
+        found = plans.plan_all(given.config, base, settings, report=lambda line: print(line, flush=True))
+        print("\n" + comparison(found.ranked() if given.search else found.plans))
+        for name, reason in found.refused:
+            print(f"{name}: {reason}")
+        if given.json:
+            plans = {name: as_json(one) for name, one in found.plans}
+            given.json.write_text(
+                json.dumps({"plans": plans, "refused": dict(found.refused)}, indent=2), encoding="utf-8"
+            )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

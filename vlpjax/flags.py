@@ -1,0 +1,72 @@
+"""What the compiler is told beside the program: schedule communication so that it hides behind computation.
+
+The one place for such options: the train step is compiled with them on real chips and by the planner alike, as
+``compiler_options`` of ``jax.jit``.  Sources: https://docs.jax.dev/en/latest/gpu_performance_tips.html, and for TPUs
+MaxText's list, https://github.com/AI-Hypercomputer/maxtext/blob/main/benchmarks/xla_flags_library.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from vlpjax.errors import UserError
+
+# Regular expression of "platform-kind", as in config.mesh_rules -> options; those of all that match are taken.
+OPTIONS: tuple[tuple[str, dict[str, str]], ...] = (
+    (
+        "tpu-.*",
+        {
+            # Collectives are started early, and go on beside the matrix products that do not need them.
+            "xla_enable_async_all_gather": "true",
+            "xla_enable_async_all_reduce": "true",
+            "xla_enable_async_collective_permute": "true",
+            "xla_tpu_enable_async_collective_fusion": "true",
+            "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+            "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+            "xla_tpu_overlap_compute_collective_tc": "true",
+            # Sums of gradients over the data-centre network wait until the next step needs them.
+            "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
+            "xla_tpu_data_parallel_opt_different_sized_ops": "true",
+        },
+    ),
+    # The compiler refuses it for chips with two-dimensional links (v5e, v6e).
+    ("tpu-(?!.*lite).*", {"xla_tpu_enable_async_all_to_all": "true"}),
+    (
+        "gpu-.*",
+        {
+            "xla_gpu_enable_latency_hiding_scheduler": "true",
+            "xla_gpu_enable_while_loop_double_buffering": "true",
+            "xla_gpu_enable_pipelined_all_gather": "true",
+            "xla_gpu_enable_pipelined_reduce_scatter": "true",
+            "xla_gpu_enable_pipelined_all_reduce": "true",
+        },
+    ),
+)
+
+
+def compiler_options(device: Any, own: Sequence[str] = ()) -> dict[str, str]:
+    """The options for programs on such a device.
+
+    Args:
+      device: one of those that the program is for.
+      own: ``config.compiler_options``, which replace and add.
+
+    Raises:
+      UserError: an option that is not written ``"name=value"``.
+    """
+    hardware = f"{device.platform}-{device.device_kind}"
+    options: dict[str, str] = {}
+    for pattern, found in OPTIONS:
+        if re.fullmatch(pattern, hardware):
+            options |= found
+    for item in own:
+        name, equals, value = item.partition("=")
+        if not equals or not name.strip():
+            raise UserError(
+                f"config.compiler_options holds {item!r}; an option is written 'name=value', such as "
+                "'xla_tpu_scoped_vmem_limit_kib=65536'."
+            )
+        options[name.strip().removeprefix("--")] = value.strip()
+    return options

@@ -1,0 +1,238 @@
+"""``--mode=plan``: whether a run fits a pod and how fast it would be, without the pod.
+
+The experiment's real train step is compiled by the real TPU compiler for a topology that is not there.  Nothing that
+the compiler knows is guessed: memory is its own account, time is its estimate of every instruction, played along its
+own schedule (:mod:`vlpjax.planning.schedule`).  What it does not know is priced by published figures
+(:mod:`vlpjax.hardware`): links, and attention kernels at an efficiency that the config states.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vlpjax import config as configs
+from vlpjax.config import Config
+from vlpjax.errors import UserError
+from vlpjax.hardware import Chip, chip_of
+from vlpjax.planning import flops, topology
+from vlpjax.planning.hlo import read_program
+from vlpjax.planning.prices import ChipPrices, Links
+from vlpjax.planning.report import Memory, Plan
+from vlpjax.planning.schedule import Timeline, play
+from vlpjax.rules import map_with_names
+from vlpjax.run import Run, apply_mesh_rules
+from vlpjax.state import TrainState
+from vlpjax.step import batch_loss, make_loss_step, make_train_step
+
+
+def load_for_topology(experiment: str, overrides: Sequence[tuple[str, str]]) -> Config:
+    """An experiment's config as a run on ``config.plan.topology`` has it: mesh rules of that hardware, then overrides.
+
+    Raises:
+      UserError: an unknown experiment, leaf or topology.
+    """
+    config = configs.load(experiment)
+    given = [(path, text) for path, text in overrides if path == "plan.topology"]
+    configs.apply_overrides(config, given)
+    check(config)
+    apply_mesh_rules(config, topology.devices_of(config.plan.topology))
+    return configs.apply_overrides(config, overrides)
+
+
+def plan(config: ConfigDict, hlo: str | Path | None = None) -> Plan:
+    """Plans a run on ``config.plan.topology``; see :func:`vlpjax.planning.topology.prepare` for what comes first.
+
+    Args:
+      hlo: file for the text of the optimised program of the train step.
+
+    Raises:
+      UserError: an unknown topology, no compiler, a mesh or shapes that do not fit.
+    """
+    check(config)
+    devices = topology.devices_of(config.plan.topology)
+    chip = chip_of(devices[0].device_kind)
+    if chip is None or chip.clock_hz is None:
+        raise UserError(
+            f"No figures are known of {devices[0].device_kind!r}, so nothing can be planned for it."
+        )
+    run = Run.from_config(config, data="example" not in config.data, devices=devices)
+    begin = time.monotonic()
+    program = compile_step(run, make_train_step)
+    took = time.monotonic() - begin
+    text = program.as_text()
+    if hlo:
+        Path(hlo).write_text(text, encoding="utf-8")
+    prices = prices_of(run, chip)
+    timeline = play(read_program(text), prices)
+    evaluation, evaluation_peak = None, 0.0
+    if config.plan.evaluation:
+        forward = compile_step(run, make_loss_step)
+        evaluation = play(read_program(forward.as_text()), prices)
+        evaluation_peak = float(forward.memory_analysis().peak_memory_in_bytes)
+    counted = model_flops(run)
+    kernel_flops = sum(total.amount for total in timeline.kernels.values())
+    return Plan(
+        name=config.name or "experiment",
+        topology=config.plan.topology,
+        chip=chip.name,
+        chips=len(devices) // chip.devices,
+        devices=len(devices),
+        mesh={axis: size for axis, size in run.layout.mesh.shape.items() if size > 1},
+        batch=run.experiment.durations.batch_size,
+        tokens=tokens_per_example(run.batch_shapes),
+        steps=run.total_steps,
+        accumulate=run.experiment.accumulate,
+        memory=memory_of(run, program, chip),
+        model_flops=counted.total(config.plan.attention_share),
+        compiled_flops=(timeline.flops + kernel_flops) * len(devices),
+        timeline=timeline,
+        peak_flops=chip.bf16_flops / chip.devices,
+        attention_efficiency=config.plan.attention_efficiency,
+        attention_share=config.plan.attention_share,
+        compile_seconds=took,
+        notes=_notes(timeline, counted),
+        evaluation=evaluation,
+        evaluation_peak=evaluation_peak,
+    )
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ``UserError`` for settings of ``config.plan`` that make no sense."""
+    if not config.plan.topology:
+        raise UserError(
+            f"config.plan.topology is not set; name one, such as --config.plan.topology=v5p:4x4x8 ({topology.FORMS})."
+        )
+    for name in ("attention_efficiency", "attention_share"):
+        if not 0 < config.plan[name] <= 1:
+            raise UserError(
+                f"config.plan.{name} is {config.plan[name]}; it is a share, above 0 and at most 1."
+            )
+
+
+def compile_step(run: Run, make: Any) -> Any:
+    """The compiled program of a step; nothing is allocated.
+
+    Raises:
+      UserError: the compiler refuses the program; its first sentence is passed on.
+    """
+    abstract, shardings = run.abstract
+    step = make(run.experiment, run.layout, shardings, run.layout.sharding("batch"))
+    lowered = step.lower(abstract, run.batch_shapes)
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise refusal(str(error)) from error
+
+
+class TooLarge(UserError):
+    """The compiler found no way to keep the step in a chip's memory."""
+
+
+def refusal(message: str) -> UserError:
+    """What the compiler says, as an error for the user."""
+    reason = " ".join(message.split())
+    needs = re.search(r"Used ([\d.]+\w*) of ([\d.]+\w*) hbm", reason)
+    if needs or "RESOURCE_EXHAUSTED" in reason:
+        held = (
+            f"needs {needs[1]} of {needs[2]}"
+            if needs
+            else f"exceeds a chip's memory ({reason[:200].rstrip('.')})"
+        )
+        return TooLarge(
+            f"This step does not fit: it {held}; rematerialise more, raise config.accumulate, lower the batch, or take "
+            "more chips."
+        )
+    return UserError(f"The TPU compiler refuses this step: {reason[:500].rstrip('.')}.")
+
+
+def prices_of(run: Run, chip: Chip) -> ChipPrices:
+    """What a device of the run's mesh takes for what the compiler does not time."""
+
+    def closes(size: int) -> bool:
+        """Whether a torus axis of this many chips is a ring: cubes of 4 close, and whole pods of 16x16."""
+        return size % 4 == 0 if chip.torus_dims == 3 else size == 16
+
+    assert chip.clock_hz is not None
+    mesh, settings = run.layout.mesh, run.config.plan
+    return ChipPrices(
+        clock=chip.clock_hz,
+        peak=chip.bf16_flops / chip.devices,
+        memory_bandwidth=chip.hbm_bandwidth / chip.devices,
+        host_bandwidth=chip.host_bandwidth / chip.devices,
+        links=Links.of(mesh, chip.ici_bandwidth, chip.dcn_bandwidth / chip.devices, closes),
+        efficiency=settings.attention_efficiency,
+        attention_share=settings.attention_share,
+    )
+
+
+def memory_of(run: Run, program: Any, chip: Chip) -> Memory:
+    """The compiler's account, and the state's parts by their shardings."""
+    abstract, shardings = run.abstract
+    found = program.memory_analysis()
+    parts = {
+        name: _local_bytes(getattr(abstract, name), getattr(shardings, name))
+        for name in ("params", "optimizer", "teachers", "objectives", "statistics")
+    }
+    batch = run.layout.sharding("batch")
+    held = sum(_local_bytes(shape, batch) for shape in run.batch_shapes.values())
+    host = found.host_argument_size_in_bytes + found.host_temp_size_in_bytes
+    return Memory(
+        peak=float(found.peak_memory_in_bytes),
+        capacity=chip.hbm_bytes / chip.devices,
+        parameters=parts["params"],
+        optimizer=parts["optimizer"],
+        teachers=parts["teachers"],
+        other=parts["objectives"] + parts["statistics"],
+        batch=held,
+        temporaries=float(found.peak_memory_in_bytes) - sum(parts.values()) - held,
+        host=float(host),
+    )
+
+
+def model_flops(run: Run) -> flops.Flops:
+    """Useful FLOPs of a step of all devices."""
+    abstract, _ = run.abstract
+    factors = run.experiment.optimizer.factors(abstract.params)
+    learns = map_with_names(lambda name, leaf: factors[name][0] is not None, abstract.params)
+    still = jax.tree.map(lambda leaf: False, abstract)
+    marks = still.replace(params=learns)
+
+    def loss(state: TrainState, batch: Any) -> jax.Array:
+        return batch_loss(run.experiment, state, batch)
+
+    batch = dict(run.batch_shapes)
+    return flops.count(loss, (abstract, batch), (marks, dict.fromkeys(batch, False)))
+
+
+def tokens_per_example(batch: Any) -> int:
+    """Length of the longest row of token ids, 0 where there is none."""
+    rows = [shape.shape[1] for shape in batch.values() if len(shape.shape) == 2 and shape.dtype.kind in "iu"]
+    return max(rows, default=0)
+
+
+def _local_bytes(abstract: Any, shardings: Any) -> float:
+    if not isinstance(shardings, jax.sharding.Sharding):
+        pairs = zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True)
+    else:
+        pairs = zip(*([leaf] for leaf in (abstract, shardings)), strict=True)
+    return float(sum(math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, where in pairs))
+
+
+def _notes(timeline: Timeline, counted: flops.Flops) -> tuple[str, ...]:
+    """What the figures leave out, in sentences."""
+    notes = []
+    if timeline.endless:
+        notes.append(
+            f"{timeline.endless} loops run for a number of turns that only data tells; each counts as one turn."
+        )
+    if counted.endless:
+        notes.append(f"{counted.endless} such loops hold model FLOPs, which count for one turn.")
+    return tuple(notes)

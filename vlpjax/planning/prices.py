@@ -1,0 +1,191 @@
+"""What a chip and its links take for what the compiler does not time: collectives, attention kernels, host copies.
+
+Collectives take what their bytes take at the links' bandwidth, in the way that fills a torus: rings in both directions
+along every torus axis that the group of chips lies on ("How to Scale Your Model", chapter "Sharded matrices",
+https://jax-ml.github.io/scaling-book/sharding).  An axis that does not close to a ring has half of the bandwidth.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlpjax.planning.hlo import Computation, Instruction, Shape
+
+# Seconds that a message takes to the next chip, whatever its size (the same source).
+HOP_SECONDS = 1e-6
+# Matrix products over all pairs of queries and keys that a kernel does, by what its name holds; the first match counts.
+PRODUCTS = (
+    ("query_gradient|dq", 3),  # logits, gradient of the weights, gradient of the queries
+    ("key_value_gradient|dkv", 4),  # logits, gradients of the weights, the values and the keys
+    ("backward|bwd", 5),
+    ("forward|fwd|flash|splash|attention", 2),  # logits and weighted values
+)
+
+
+@dataclass(frozen=True)
+class Links:
+    """The chips of a slice, by their number in the program, and what joins them.
+
+    Attributes:
+      mesh: axis name -> size, slow to fast.
+      coordinates: [devices, axes], where each device stands in the torus.
+      slices: [devices], the slice of each device.
+      bandwidth: of one link in one direction, bytes per second.
+      network: of a chip to other slices, bytes per second.
+      closes: sizes of a torus axis that close to a ring.
+    """
+
+    mesh: dict[str, int]
+    coordinates: np.ndarray
+    slices: np.ndarray
+    bandwidth: float
+    network: float
+    closes: Any
+
+    @classmethod
+    def of(cls, mesh: Any, bandwidth: float, network: float, closes: Any) -> Links:
+        """Those of a device mesh."""
+        devices = mesh.devices.flatten()
+        coordinates = np.array([device.coords for device in devices])
+        slices = np.array([getattr(device, "slice_index", None) or 0 for device in devices])
+        return cls(dict(mesh.shape), coordinates, slices, bandwidth, network, closes)
+
+    def axes(self, group: Sequence[int]) -> str:
+        """The mesh axes along which a group of devices lies, such as ``"fsdp"`` or ``"ring+ulysses"``."""
+        places = np.array(np.unravel_index(np.asarray(group), tuple(self.mesh.values())))
+        names = [name for name, row in zip(self.mesh, places, strict=True) if len(set(row.tolist())) > 1]
+        return "+".join(names) or "one chip"
+
+    def seconds(self, kind: str, size: int, groups: Sequence[Sequence[int]]) -> float:
+        """What an exchange of ``size`` bytes per chip takes within each group, all at the same time.
+
+        ``size`` is that of :class:`vlpjax.planning.schedule.Timeline`: the larger side.
+        """
+        group = np.asarray(groups[0])
+        if kind == "collective-permute":
+            return self._permute(size, groups)
+        if len(set(self.slices[group].tolist())) > 1:
+            return self._between_slices(kind, size, group)
+        extents = self._extents(self.coordinates[group])
+        if not extents:  # cores of one chip
+            return size * len(group) / (6 * self.bandwidth)
+        hops = sum(extent // 2 if self.closes(extent) else extent - 1 for extent, _ in extents)
+        latency = HOP_SECONDS * hops
+        if kind in ("all-to-all", "ragged-all-to-all"):
+            # Half of what half of the chips have crosses the middle of the longest axis.
+            return latency + max(
+                size * extent / (4 * self.bandwidth * self._ways(extent)) * stride
+                for extent, stride in extents
+            )
+        rate = sum(self.bandwidth * self._ways(extent) / stride for extent, stride in extents)
+        once = size * (1 - 1 / len(group)) / rate
+        return (once + latency) * (2 if kind == "all-reduce" else 1)
+
+    def _ways(self, extent: int) -> int:
+        """Links that a chip receives through along an axis, at its worst place."""
+        return 2 if self.closes(extent) else 1
+
+    def _extents(self, places: np.ndarray) -> list[tuple[int, int]]:
+        """Per torus axis on which a group lies, its length and the distance of neighbours within the group."""
+        found = []
+        for axis in range(places.shape[1]):
+            values = sorted(set(places[:, axis].tolist()))
+            if len(values) > 1:
+                stride = min(b - a for a, b in itertools.pairwise(values))
+                found.append((len(values), stride))
+        return found
+
+    def _permute(self, size: int, pairs: Sequence[Sequence[int]]) -> float:
+        """All messages travel along the torus at the same time; the longest way decides."""
+        if any(self.slices[source] != self.slices[target] for source, target in pairs):
+            return size / self.network + HOP_SECONDS
+        bounds = self.coordinates.max(axis=0) + 1
+        distance = 0
+        for source, target in pairs:
+            steps = np.abs(self.coordinates[source] - self.coordinates[target])
+            ring = [self.closes(int(bound)) for bound in bounds]
+            steps = np.where(ring, np.minimum(steps, bounds - steps), steps)
+            distance = max(distance, int(steps.max()))
+        return distance * (size / self.bandwidth + HOP_SECONDS)
+
+    def _between_slices(self, kind: str, size: int, group: np.ndarray) -> float:
+        """Slices exchange over the data-centre network what each chip has after its own slice is done."""
+        slices = len(set(self.slices[group].tolist()))
+        within = group[self.slices[group] == self.slices[group[0]]]
+        inner = self.seconds(kind, size, [within.tolist()]) if len(within) > 1 else 0.0
+        share = size / len(within) * (1 - 1 / slices)
+        return inner + share / self.network * (2 if kind == "all-reduce" else 1)
+
+
+@dataclass(frozen=True)
+class ChipPrices:
+    """The prices of one device (a chip, or a core of a chip that shows as two devices).
+
+    Attributes:
+      clock: cycles per second of the compute units.
+      peak: FLOPs per second of bfloat16 products.
+      memory_bandwidth, host_bandwidth: bytes per second.
+      links: to the other chips.
+      efficiency: share of the peak that attention kernels reach.
+      attention_share: share of the pairs of queries and keys that masks let through; kernels skip the others.
+    """
+
+    clock: float
+    peak: float
+    memory_bandwidth: float
+    host_bandwidth: float
+    links: Links
+    efficiency: float
+    attention_share: float
+
+    def compute(self, cycles: int) -> float:
+        return cycles / self.clock
+
+    def collective(self, kind: str, size: int, groups: tuple[tuple[int, ...], ...]) -> tuple[str, float]:
+        groups = groups or (tuple(range(len(self.links.slices))),)
+        if kind == "collective-permute":
+            axes = next((self.links.axes(pair) for pair in groups if pair[0] != pair[1]), "one chip")
+        else:
+            axes = self.links.axes(groups[0])
+        return axes, self.links.seconds(kind, size, groups)
+
+    def kernel(self, instruction: Instruction, computation: Computation) -> tuple[str, float, float]:
+        """An attention kernel at the stated efficiency; any other at the bandwidth of the memory."""
+        path = [part for part in instruction.op_name.split("/") if part and part != "pallas_call"]
+        name = path[-1] if path else re.sub(r"\.\d+$", "", instruction.name)
+        operands = computation.operand_shapes(instruction)
+        flops = attention_flops(f"{name} {instruction.name}", operands) * self.attention_share
+        if flops:
+            return name, flops, flops / (self.peak * self.efficiency)
+        stated = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
+        flops = float(stated[1]) if stated else 0.0
+        moved = instruction.bytes + sum(shape.bytes for shape in operands)
+        return name, flops, max(flops / (self.peak * self.efficiency), moved / self.memory_bandwidth)
+
+    def host(self, size: int) -> float:
+        return size / self.host_bandwidth
+
+    def memory(self, size: int) -> float:
+        return size / self.memory_bandwidth
+
+
+def attention_flops(name: str, operands: Sequence[Shape]) -> float:
+    """FLOPs of an attention kernel over all pairs of queries and keys, or 0 if it is none.
+
+    Of the operands, the first two of floating-point numbers with three or more dimensions are the queries
+    ``[..., queries, head_dim]`` and the keys ``[..., keys, head_dim]``; queries of heads that share keys may lie in
+    more dimensions than keys do.
+    """
+    products = next((count for pattern, count in PRODUCTS if re.search(pattern, name)), 0)
+    arrays = [shape for shape in operands if len(shape.sizes) >= 3 and shape.dtype in ("bf16", "f32", "f16")]
+    if not products or len(arrays) < 2 or arrays[0].sizes[-1] != arrays[1].sizes[-1]:
+        return 0.0
+    query, key = arrays[0].sizes, arrays[1].sizes
+    return 2.0 * products * math.prod(query) * key[-2]
