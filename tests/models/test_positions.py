@@ -53,6 +53,22 @@ def test_a_fraction_leaves_the_other_features_alone() -> None:
     assert np.all(np.abs(turned - x)[0, 1:, :, :4] > 0)
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_bfloat16_turns_as_float32_does(fraction: float) -> None:
+    x = jax.random.normal(jax.random.key(0), (1, 12, 2, D), jnp.bfloat16)
+    rotation = Rotary(fraction=fraction)(jnp.asarray(POSITIONS), D)
+
+    def turned(x: jax.Array) -> jax.Array:
+        return rotate(x, rotation).astype(jnp.float32)
+
+    expected, back = jax.vjp(turned, x.astype(jnp.float32))
+    found, back_found = jax.vjp(turned, x)
+    np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_allclose(
+        back_found(expected)[0].astype(jnp.float32), back(expected)[0], rtol=1e-2, atol=1e-2
+    )
+
+
 def test_linear_scaling_is_a_smaller_position() -> None:
     scaled = Rotary(scaling=Linear(4.0))(jnp.asarray(4 * POSITIONS), D)
     plain = Rotary()(jnp.asarray(POSITIONS), D)

@@ -164,9 +164,12 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
         """Token embeddings, scaled, without positions: what ``__call__`` takes as ``embeddings``."""
-        # Gathered over the devices that share the width: looked up in pieces, rows would be whole on every device.
         table = self.token_embedding.embedding
-        table = gathered(table.astype(self.dtype or table.dtype), ("vocabulary", "embed"))
+        table = table.astype(self.dtype or table.dtype)
+        # Devices that share examples look pieces of all rows up and exchange them, which is less than the table.  With
+        # sequence ranks the compiler does not find that exchange, and every device would have all rows whole.
+        if sequence_ranks(active_layout()) > 1:
+            table = gathered(table, ("vocabulary", "embed"))
         rows = jnp.take(table, ids, axis=0)
         return rows * jnp.asarray(self.embed_scale, rows.dtype) if self.embed_scale != 1 else rows
 
