@@ -33,8 +33,9 @@ SYSTEM = dict(
 LENGTH = 4096  # tokens of a row of ``paper``
 ROWS = 1024  # of a batch of ``paper``: 4 million tokens
 TOKENS = 2_000_000_000_000
-# What blocks save, beside their inputs: attention is not run twice, and 8,192 tokens take 9 GB per chip.  "tensors"
-# computes nothing but norms and activations again, and takes 24 GB.
+# What blocks save, beside their inputs: attention is not run twice.  On 128 chips of v5p with 8,192 tokens each, a step
+# peaks at 11.6 GB and takes 0.99 s by the compiler's measure, without attention; "tensors" computes nothing but norms
+# and activations again: 27.0 GB and 0.88 s.
 LITTLE = "save:attention_out,attention_lse,key,value"
 # Products of 8,192 tokens reach 94 % of a v5p's peak with this much fast memory for their tiles, 82 % with the
 # compiler's default of 16 MiB.  (Compiling takes twice as long.)
