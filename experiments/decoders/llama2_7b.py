@@ -2,7 +2,7 @@
 
 python -m vlpjax.main --config=experiments/decoders/llama2_7b.py --workdir=runs/llama2
 
-``small`` needs nothing but this package: a decoder of 1.2 million parameters learns the names and keywords of the
+``small`` needs nothing but this package: a decoder of 1.6 million parameters learns the names and keywords of the
 bundled drawings.  ``llama2_7b.py:paper`` is the 7B model on 2 trillion tokens, which needs the tokens (as
 ``tokens/llama2/*.bin``) and some hundred accelerators; its memory, its traffic and the time of a step can be had
 without either.
@@ -50,7 +50,7 @@ def get_config(size: str = "small") -> Config:
 
 def small(config: Config, length: int = 64) -> Config:
     """The names and keywords of the drawings, as one long text."""
-    config.duration = "300 steps"
+    config.duration = "150 steps"
     config.towers = dict(
         decoder=spec(
             Decoder, vocabulary=VOCABULARY, width=128, depth=4, heads=4, mlp_dim=352, epsilon=1e-5, tied=False
