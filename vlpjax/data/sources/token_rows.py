@@ -70,7 +70,7 @@ class TokenFiles(_Rows):
         if self.dtype not in TYPES:
             raise UserError(f"TokenFiles.dtype is {self.dtype!r}; there are {', '.join(map(repr, TYPES))}.")
 
-    def _open(self) -> tuple[list[str], np.ndarray]:
+    def _open(self) -> tuple[tuple[str, ...], np.ndarray]:
         paths = expand_files(self.files, "token")
         size = np.dtype(self.dtype).itemsize
         return paths, np.cumsum([0, *(rows_in(os.path.getsize(path) // size, self.length) for path in paths)])
