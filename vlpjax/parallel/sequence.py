@@ -386,7 +386,11 @@ def _gathered(plan: _Plan, x: jax.Array) -> jax.Array:
     """The keys of all outer ranks, ascending."""
     if not plan.outer:
         return x
-    tiles = jax.lax.all_gather(_tiled(x, plan.outer_order, plan.length), plan.outer, axis=2)
+    tiles = _tiled(x, plan.outer_order, plan.length)[:, :, None]  # [b, n, 1, T, ...]
+    # Axis by axis, which moves as much: a TPU's links gather and scatter along two dimensions of a torus, not three.
+    for axis in reversed(plan.outer):
+        tiles = jax.lax.all_gather(tiles, axis, axis=2, tiled=False)
+        tiles = tiles.reshape(*tiles.shape[:2], -1, *tiles.shape[4:])
     return _untiled(plan.order.turned(tiles, 1))
 
 
@@ -397,8 +401,11 @@ def _scattered(plan: _Plan, x: jax.Array) -> jax.Array:
     count, tile = plan.outer_order.tiles(plan.length)
     tiles = plan.order.turned(x.reshape(x.shape[0], count, -1, tile, *x.shape[2:]), 1)
     # Ranks first, and no cast before the sum is there: or the TPU compiler sums up all of it everywhere, and rounded.
-    summed = jax.lax.psum_scatter(jnp.moveaxis(tiles, 2, 0), plan.outer, scatter_dimension=0)
-    return jax.lax.optimization_barrier(_untiled(summed[:, :, None]))
+    tiles = jnp.moveaxis(tiles, 2, 0)
+    for axis in plan.outer:
+        tiles = tiles.reshape(plan.mesh.shape[axis], -1, *tiles.shape[1:])
+        tiles = jax.lax.psum_scatter(tiles, axis, scatter_dimension=0)
+    return jax.lax.optimization_barrier(_untiled(tiles[0][:, :, None]))
 
 
 # Tokens against heads among the inner ranks.
