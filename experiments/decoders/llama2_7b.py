@@ -77,6 +77,7 @@ def paper(config: Config) -> Config:
     config.duration = "500000 steps"
     config.precision = "bfloat16"
     config.mesh_rules = (VMEM,)
+    config.plan.attention_share = 0.5  # causal
     config.towers = dict(
         decoder=spec(
             Decoder,

@@ -144,9 +144,13 @@ class Chunked:
         self, query: jax.Array, key: jax.Array, value: jax.Array, interval: Interval | None, options: Options
     ) -> Attended:
         """Attends."""
+        return _flash(self.form, query, key, value, interval, options)
+
+    @property
+    def form(self) -> Flash:
+        """Its two passes."""
         run = functools.partial
-        form = Flash(run(chunked.forward, chunk=self.chunk), run(chunked.backward, chunk=self.chunk))
-        return _flash(form, query, key, value, interval, options)
+        return Flash(run(chunked.forward, chunk=self.chunk), run(chunked.backward, chunk=self.chunk))
 
 
 @dataclass(frozen=True)
@@ -182,10 +186,14 @@ class TpuFlash:
         self, query: jax.Array, key: jax.Array, value: jax.Array, interval: Interval | None, options: Options
     ) -> Attended:
         """Attends, each device to its own examples and heads."""
+        return _flash(self.form, query, key, value, interval, options)
+
+    @property
+    def form(self) -> Flash:
+        """Its two passes."""
         run = functools.partial
         settings: dict[str, Any] = dict(tiles=self.tiles, interpret=self.interpret)
-        form = Flash(run(tpu_flash.forward, **settings), run(tpu_flash.backward, **settings), by_device=True)
-        return _flash(form, query, key, value, interval, options)
+        return Flash(run(tpu_flash.forward, **settings), run(tpu_flash.backward, **settings), by_device=True)
 
 
 @dataclass(frozen=True)
@@ -367,6 +375,15 @@ def attend(
     )
     options = Options(kind, mask, bias, scale, soft_cap, weights)
     return choose(request, backend).backend.run(query, key, value, interval, options)
+
+
+def on_device(query: jax.Array, key: jax.Array) -> Flash:
+    """The form for what each device does of attention whose collectives are written out, under any interval."""
+    dtypes = tuple(dict.fromkeys(str(x.dtype) for x in (query, key)))
+    sizes = (query.shape[1], key.shape[1], query.shape[2], key.shape[2], query.shape[3])
+    kernels = TpuFlash()
+    refused = kernels.supports(Request(active_platform(), dtypes, *sizes))
+    return Chunked().form if refused else kernels.form
 
 
 def _interval_only(request: Request) -> str | None:

@@ -37,21 +37,12 @@ from jaxtyping import Array, Float, Int
 
 from vlpjax.errors import UserError
 from vlpjax.mesh import Layout, active_layout, constrain
-from vlpjax.parallel import chunked
 from vlpjax.parallel.attention import Interval
+from vlpjax.parallel.backends import on_device
+from vlpjax.parallel.flash import Flash
 from vlpjax.parallel.order import TokenOrder, fitting_order
 
 SCHEMES = ("gather", "ring", "ulysses", "ulysses_gather", "ulysses_ring")
-
-
-class Kernels(NamedTuple):
-    """Attention on one device, forward and backward, as :mod:`vlpjax.parallel.chunked` defines them."""
-
-    forward: Callable[..., tuple[jax.Array, jax.Array]]
-    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
-
-
-CHUNKED = Kernels(chunked.forward, chunked.backward)
 
 
 def sequence_ranks(layout: Layout | None) -> int:
@@ -89,7 +80,7 @@ def sequence_attention(
     scheme: str = "gather",
     scale: float | None = None,
     soft_cap: float | None = None,
-    kernels: Kernels = CHUNKED,
+    form: Flash | None = None,
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """Self-attention of tokens that lie over the sequence ranks of the active layout.
 
@@ -100,7 +91,7 @@ def sequence_attention(
       scheme: one of :data:`SCHEMES`.
       scale: of the logits; ``head_dim ** -0.5`` by default.
       soft_cap: of the logits, or None.
-      kernels: attention on one device.
+      form: attention on one device; the one that fits it by default (:func:`vlpjax.parallel.backends.on_device`).
 
     Returns:
       the mixed values in ``order``; ``"attention_out"`` and ``"attention_lse"`` name what is kept for the backward
@@ -112,7 +103,9 @@ def sequence_attention(
     """
     plan = _Plan.of(query, key, order, scheme)
     plan = plan._replace(
-        scale=query.shape[-1] ** -0.5 if scale is None else scale, soft_cap=soft_cap, kernels=kernels
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        soft_cap=soft_cap,
+        form=form or on_device(query, key),
     )
     interval = Interval(*jnp.broadcast_arrays(*(x.astype(jnp.int32) for x in interval)))
     mixed: jax.Array = _attend(plan, query, key, value, interval)
@@ -170,7 +163,7 @@ class _Plan(NamedTuple):
     again: int
     scale: float = 1.0
     soft_cap: float | None = None
-    kernels: Kernels = CHUNKED
+    form: Flash | None = None
 
     @classmethod
     def of(cls, query: jax.Array, key: jax.Array, order: TokenOrder, scheme: str) -> _Plan:
@@ -263,7 +256,8 @@ def _forward(
     """One device's part of the forward pass."""
     query, key, value = to_heads(plan, query), _own_heads(plan, key), _own_heads(plan, value)
     interval = _with_inner_ranks(plan, interval)
-    forward = functools.partial(plan.kernels.forward, scale=plan.scale, soft_cap=plan.soft_cap)
+    assert plan.form is not None
+    forward = functools.partial(plan.form.forward, scale=plan.scale, soft_cap=plan.soft_cap)
     if plan.rotate and plan.outer:
         mixed, lse = _ring_forward(plan, forward, query, key, value, interval)
     else:
@@ -286,10 +280,11 @@ def _backward(
     count = key.shape[2]
     query, mixed, gradient = (to_heads(plan, x) for x in (query, mixed, gradient))
     key, value, interval = _own_heads(plan, key), _own_heads(plan, value), _with_inner_ranks(plan, interval)
-    options: dict[str, Any] = dict(scale=plan.scale, soft_cap=plan.soft_cap)
+    assert plan.form is not None
+    run = functools.partial(plan.form.backward, scale=plan.scale, soft_cap=plan.soft_cap)
 
     def backward(key: jax.Array, value: jax.Array, seen: Interval) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return plan.kernels.backward(query, key, value, seen, mixed, lse, gradient, **options)
+        return run(query, key, value, seen, mixed, lse, gradient)
 
     if plan.rotate and plan.outer:
         d_query, d_key, d_value = _ring_backward(plan, backward, query, key, value, interval)

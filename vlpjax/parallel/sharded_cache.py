@@ -15,8 +15,10 @@ from jaxtyping import Array, Float, Int
 
 from vlpjax.errors import UserError
 from vlpjax.parallel.attention import Interval
+from vlpjax.parallel.backends import on_device
+from vlpjax.parallel.flash import Flash
 from vlpjax.parallel.order import TokenOrder
-from vlpjax.parallel.sequence import CHUNKED, Kernels, layout_for, sequence_attention, used_axes
+from vlpjax.parallel.sequence import layout_for, sequence_attention, used_axes
 
 Slots = Float[Array, "batch slots kv_heads head_dim"]
 
@@ -41,7 +43,7 @@ def read_tokens(
     scheme: str,
     scale: float | None = None,
     soft_cap: float | None = None,
-    kernels: Kernels = CHUNKED,
+    form: Flash | None = None,
 ) -> Read:
     """Writes tokens into the cache, and attends: a whole prompt into an empty one, or one token after others.
 
@@ -55,7 +57,7 @@ def read_tokens(
     Raises:
       UserError: a prompt that starts after other tokens, or what the parts refuse.
     """
-    options: dict[str, Any] = dict(scale=scale, soft_cap=soft_cap, kernels=kernels)
+    options: dict[str, Any] = dict(scale=scale, soft_cap=soft_cap, form=form)
     if query.shape[1] == 1:
         written = [
             write_token(slots, new, jnp.asarray(start), order)
@@ -80,7 +82,7 @@ def decode_attention(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
-    kernels: Kernels = CHUNKED,
+    form: Flash | None = None,
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Attention of a few queries, which all sequence ranks have, to slots that lie over them.
 
@@ -91,7 +93,7 @@ def decode_attention(
       query: unscaled.
       key, value: the cache's slots, in ``order``.
       interval: what each query sees, in slots.
-      scale, soft_cap, kernels: as in :func:`vlpjax.parallel.sequence.sequence_attention`.
+      scale, soft_cap, form: as in :func:`vlpjax.parallel.sequence.sequence_attention`.
 
     Raises:
       UserError: no layout with the order's ranks, or slots that cannot be split over them.
@@ -102,12 +104,13 @@ def decode_attention(
     batch, ranks, tensor = (used_axes(layout, name) for name in ("batch", "sequence", "heads"))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     interval = Interval(*jnp.broadcast_arrays(*interval))
+    run = (form or on_device(query, key)).forward
     rows = PartitionSpec(batch if interval.start.shape[0] > 1 else None)
     heads = PartitionSpec(batch, None, tensor, None)
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, interval: Interval) -> jax.Array:
         own = order.local(interval, jax.lax.axis_index(ranks), slots)
-        mixed, lse = kernels.forward(query, key, value, own, scale=scale, soft_cap=soft_cap)
+        mixed, lse = run(query, key, value, own, scale=scale, soft_cap=soft_cap)
         largest = jax.lax.pmax(lse, ranks)
         share = jnp.exp(lse - jnp.where(jnp.isneginf(largest), 0.0, largest))  # [b, h, q]
         by_query = jnp.swapaxes(share, 1, 2)[..., None]
