@@ -45,6 +45,8 @@ def paper() -> Config:
     config = base_config()
     config.name = "SigLIP, So400m/14"
     config.duration = "40_000_000_000 examples"
+    # 1,152 features cannot be cut into more than 128 equal pieces.
+    config.mesh_rules = ((r"tpu-.*-256", {"mesh.replica": 2, "mesh.fsdp": 128}),)
     body = dict(
         width=1152, depth=27, heads=16, mlp_dim=4304, activation="gelu_tanh", epsilon=1e-6,
     )  # fmt: skip
