@@ -105,8 +105,8 @@ class DiscreteVAEEncoder(nn.Module):
             width,
             (size, size),
             dtype=self.dtype,
-            kernel_init=named(nn.initializers.normal(stddev), None, None, None, "mlp"),
-            bias_init=named(nn.initializers.zeros, "mlp"),
+            # Without names of axes, the largest dimension that can be divided is: sizes differ from layer to layer.
+            kernel_init=nn.initializers.normal(stddev),
             name=name,
         )(x)
         return convolved
