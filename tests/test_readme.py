@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.tiny import ROOT
+from tools import launch
 from tools.compare import read_proof
 from vlpjax.config import Config, apply_overrides, build, load
 from vlpjax.main import main
@@ -134,6 +135,12 @@ def test_the_comparison_knows_what_to_compare(command: str) -> None:
     assert (ROOT / file).is_file()
     if not any(option.startswith("--seeds") for option in options):
         assert set(read_proof(ROOT / file)) >= {"against", "metrics"}
+
+
+@pytest.mark.parametrize("command", [line for line in commands() if "tools/launch.py" in line])
+def test_the_launcher_prints_a_job(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(shlex.split(command)[2:]) == 0
+    assert "vlpjax.main --config=experiments/contrastive/clip.py:paper" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [line for line in commands() if line.startswith("make ")])

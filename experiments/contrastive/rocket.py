@@ -30,7 +30,8 @@ SYSTEM = dict(
     paper="Improved baselines for vision-language pre-training, arXiv 2305.08675",
     here="weak global and strong local views with own projectors; four losses of self-supervision between modalities",
     published="up to 25 % relative zero-shot gain over CLIP",
-    measured="not measured yet",
+    measured="against CLIP after 200 small steps, 3 seeds: R@1 0.7 ± 0.2 % against 0.6 ± 0.3 % and 0.6 ± 0.2 % against "
+    "0.4 ± 0.2 %: no difference yet (`python tools/compare.py experiments/contrastive/rocket.py`)",
 )
 PROOF = dict(
     against="experiments/contrastive/clip.py:small",

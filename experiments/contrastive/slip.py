@@ -27,7 +27,8 @@ SYSTEM = dict(
     paper="SLIP: Self-supervision meets Language-Image Pre-training, arXiv 2112.12750",
     here="InfoNCE on a weak view plus NT-Xent on two strong views of the same image tower",
     published="ViT-B/16 on YFCC15M, 25 epochs: 42.8 % zero-shot, 72.1 % linear ImageNet",
-    measured="not measured yet",
+    measured="against CLIP after 200 small steps, 3 seeds: R@1 1.4 ± 0.4 % against 0.6 ± 0.3 % and 1.2 ± 0.4 % against "
+    "0.4 ± 0.2 %; 5-NN 4.9 ± 0.9 % against 4.0 ± 0.9 % (`python tools/compare.py experiments/contrastive/slip.py`)",
 )
 PROOF = dict(
     against="experiments/contrastive/clip.py:small",
