@@ -238,7 +238,7 @@ class Agreement(BatchCoupled):
     noise: float = 0.5
 
     def heads(self) -> dict[str, nn.Module]:
-        return {"projector": MLPHead((12, 6), last_norm="plain")}
+        return {"projector": MLPHead((16, 6), last_norm="plain")}
 
     def encode(self, context: Context) -> dict[str, jax.Array]:
         image = context.encode("image", "image")["embedding"]

@@ -30,7 +30,7 @@ STRONG = {name: x for name, x in VIEWS.items() if name[-1].isdigit()}
 WEAK = {"image": VIEWS["image:image"], "text": VIEWS["text:text"]}
 OBJECTIVES: dict[str, tuple[BatchCoupled, Any]] = {
     "rocket": (Rocket(projector=(8, 4)), {"weak": WEAK, "strong": STRONG}),
-    "barlip": (BarLIP(projector=(8, 4)), {"student": VIEWS}),
+    "barlip": (BarLIP(projector=(8, 8)), {"student": VIEWS}),
     "wide_barlip": (BarLIP(projector=(8, WIDE)), {"student": VIEWS}),
     "siamlip": (SiamLIP(projector=(8, 4), predictor=(8, 4)), {"student": VIEWS}),
     "byolip": (

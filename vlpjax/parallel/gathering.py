@@ -38,12 +38,17 @@ def gathered(kernel: jax.Array, names: Sequence[str | None]) -> jax.Array:
       names: of its logical axes.
     """
     layout = active_layout()
-    if layout is not None and "embed" in names:
+    place = names.index("embed") if "embed" in names else None
+    if layout is not None and place is not None and _in_pieces(kernel.shape[place], layout):
         # Pieces stand on the first axis: what is scattered along the axis that lies dense in memory is summed up whole.
-        place = names.index("embed")
         first = ("embed", *names[:place], *names[place + 1 :])
         kernel = jnp.moveaxis(_gather(jnp.moveaxis(kernel, place, 0), stages(layout, first)), 0, place)
     return checkpoint_name(kernel, "kernel")
+
+
+def _in_pieces(size: int, layout: Layout) -> bool:
+    """Whether a kernel of this size lies in pieces; one that cannot be divided is whole already."""
+    return size % math.prod(layout.mesh.shape[axis] for axis in layout.rules["embed"]) == 0
 
 
 def stages(layout: Layout, names: Sequence[str | None]) -> tuple[NamedSharding, ...]:
