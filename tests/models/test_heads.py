@@ -131,7 +131,7 @@ def test_every_layer_but_the_last_is_split_along_both_axes_of_the_mesh() -> None
     ]
     shardings = layout_of(8, fsdp=4, tensor=2).shard_parameters(boxed)
     split = [tuple(shardings[f"layer_{index}"]["kernel"].spec) for index in range(4)]
-    assert split == [("fsdp", "tensor"), ("tensor", "fsdp"), ("fsdp", "tensor"), ("tensor", None)]
+    assert split == [("fsdp", "tensor"), ("tensor", "fsdp"), ("fsdp", "tensor"), ("fsdp", None)]
 
 
 def test_kernels_start_with_the_spread_that_they_are_told() -> None:
