@@ -140,7 +140,8 @@ def test_the_comparison_knows_what_to_compare(command: str) -> None:
 @pytest.mark.parametrize("command", [line for line in commands() if "tools/launch.py" in line])
 def test_the_launcher_prints_a_job(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch.main(shlex.split(command)[2:]) == 0
-    assert "vlpjax.main --config=experiments/contrastive/clip.py:paper" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "vlpjax.main" in printed and "--config=experiments/contrastive/clip.py:paper" in printed
 
 
 @pytest.mark.parametrize("command", [line for line in commands() if line.startswith("make ")])
