@@ -29,6 +29,12 @@ if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):  # befor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works from a checkout that is not installed
 
+from vlpjax.flags import order_simulated_devices  # noqa: E402
+from vlpjax.planning.topology import ignore_absent_chips  # noqa: E402
+
+order_simulated_devices()
+ignore_absent_chips()
+
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 

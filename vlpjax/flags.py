@@ -7,6 +7,7 @@ MaxText's list, https://github.com/AI-Hypercomputer/maxtext/blob/main/benchmarks
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -44,6 +45,21 @@ OPTIONS: tuple[tuple[str, dict[str, str]], ...] = (
         },
     ),
 )
+
+
+# Left to its default, XLA runs independent collectives of CPU devices in any order on a pool of threads.  Where cores
+# are few, some devices then wait in one collective and the others in another, and XLA aborts the process.
+ONE_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+
+
+def order_simulated_devices() -> None:
+    """Has the devices that XLA_FLAGS simulates run their collectives in one order, as real ones do.
+
+    To be called before JAX makes its first device.  It does nothing without simulated devices, or where somebody chose.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" in flags and ONE_ORDER.partition("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {ONE_ORDER}"
 
 
 def compiler_options(device: Any, own: Sequence[str] = ()) -> dict[str, str]:

@@ -30,6 +30,7 @@ FIELDS: dict[str, Any] = dict(
 
 # One line per mesh: its sizes, the order of tokens, the scheme, rematerialisation.
 MESHES = [
+    ({"ring": 8}, "block_striped", "ring", "none"),
     ({"replica": 2, "fsdp": 2, "ulysses": 2}, "zigzag", "ulysses", "none"),
     ({"fsdp": 2, "ring": 2, "ulysses": 2}, "block_striped", "ulysses_ring", "full"),
     ({"ulysses": 4, "tensor": 2}, "block_striped", "auto", "none"),
