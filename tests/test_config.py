@@ -268,6 +268,13 @@ def test_differences_name_every_leaf_on_either_side() -> None:
     assert differences(ours, theirs) == [("b.c", 2, 3), ("b.d", (1, 2), None), ("f", None, 4)]
 
 
+def test_every_leaf_prints_in_one_line_with_the_configs_inside_it() -> None:
+    config = Config(rules=(("tpu-.*", {"mesh.fsdp": 8, "options": ("a=1",)}),), part=spec(Inner), empty={})
+    printed = {path: repr(value) for path, value in leaves(config)}
+    assert printed["rules"] == "(('tpu-.*', {'mesh.fsdp': 8, 'options': ('a=1',)}),)"
+    assert printed["empty"] == "{}"
+
+
 EXPERIMENT = """
 from vlpjax.config import Config
 

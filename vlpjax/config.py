@@ -56,6 +56,10 @@ class Config(ConfigDict):
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, _ordered(value))
 
+    def __repr__(self) -> str:
+        """As a dict's, in one line, because it may stand inside a leaf; ``str`` is ``ConfigDict``'s, over several."""
+        return repr({key: self[key] for key in self})
+
 
 def _ordered(value: Any) -> Any:
     if isinstance(value, (dict, ConfigDict)) and not isinstance(value, Config):
