@@ -38,7 +38,7 @@ SYSTEM = dict(
 PROOF = dict(
     against="experiments/contrastive/tips.py:small",
     metrics=("segmentation/mean_iou", "style/text_to_image/recall@1"),
-    settings=("duration=300 steps", "data.train.batch_size=32"),
+    settings=("duration=200 steps", "data.train.batch_size=32"),
     set_b=("objectives.patches.weight=0.0",),
 )
 LENGTH, PAPER_LENGTH, LOCAL = 12, 64, 6

@@ -45,7 +45,7 @@ SYSTEM = dict(
 PROOF = dict(
     against="experiments/masked/mmc.py:small",
     metrics=("segmentation/iou",),
-    settings=("duration=300 steps", "data.train.batch_size=32"),
+    settings=("duration=200 steps", "data.train.batch_size=32"),
     set_b=("duration=1 step",),
 )
 VIEWS = ("view1", "view2")
