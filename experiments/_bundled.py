@@ -125,8 +125,7 @@ def knn(size: int, **fields: Any) -> Config:
         KNN,
         train=images(SEEN, size),
         test=images(UNSEEN, size),
-        title="k-NN, held-out style",
-        **fields,
+        **(dict(title="k-NN, held-out style") | fields),
     )
 
 

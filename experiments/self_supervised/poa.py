@@ -9,8 +9,9 @@ ImageNet-1K.  Networks are cut out of the teacher with
 
 from __future__ import annotations
 
+from experiments._bundled import knn
 from experiments._recipes import adamw, start
-from experiments.self_supervised._shared import paper, small_tower, vit
+from experiments.self_supervised._shared import SIZE, paper, small_tower, vit
 from experiments.self_supervised._views import multi_crop, numbered
 from experiments.self_supervised.dino import small_distillation
 from vlpjax.config import Config, spec
@@ -27,7 +28,15 @@ SYSTEM = dict(
     published="ViT-L/16, ViT-B/16 and ViT-S/16 of one run, each better than when pretrained alone",
     measured="not measured yet",
 )
+# What the elastic branch is for: the same small part of a network that was only ever trained whole knows less.
+PROOF = dict(
+    against="experiments/self_supervised/poa.py:small",
+    metrics=("small_knn/k5/top1", "knn/k5/top1"),
+    settings=("duration=200 steps", "data.train.batch_size=32", "objectives.loss.loss.koleo=0.0"),
+    set_b=("objectives.loss.loss.share=1.0",),
+)
 BATCH, LOCAL = 1600, 8
+SMALLEST = (64, 2)  # width and depth
 
 
 def get_config(size: str = "small") -> Config:
@@ -44,6 +53,9 @@ def get_config(size: str = "small") -> Config:
         )
         config = small_distillation(config, loss)
         config.towers.image = spec(ElasticViT, tower=small_tower(mask_token=True))
+        config.evaluators.small_knn = knn(
+            SIZE, params="ema", options=dict(size=SMALLEST), title="k-NN of the smallest sub-network"
+        )
         return config
     views = multi_crop((224, 96), LOCAL, (0.32, 1.0), (0.05, 0.32))
     loss = spec(

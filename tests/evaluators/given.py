@@ -18,11 +18,11 @@ from vlpjax.models.heads import Scalar
 
 
 class Given(nn.Module):
-    """A tower whose features are what it is fed, times one parameter."""
+    """A tower whose features are what it is fed, or the first of them, times one parameter."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
-        out = x * Scalar(1.0, name="scale")()
+    def __call__(self, x: jax.Array, *, first: int | None = None) -> dict[str, jax.Array]:
+        out = x[..., :first] * Scalar(1.0, name="scale")()
         return {"embedding": out, "pooled": out, "tokens": out}
 
 

@@ -11,6 +11,7 @@ import pytest
 from tests.evaluators.given import dataset, evaluate
 from tests.tiny import layout_of, unit
 from vlpjax.errors import UserError
+from vlpjax.evaluators.base import shared_features
 from vlpjax.evaluators.knn import KNN
 from vlpjax.evaluators.neighbors import make_nearest
 
@@ -42,6 +43,15 @@ def by_hand(k: int, vote: str, distance: str) -> np.ndarray:
             votes[KNOWN[place]] += np.exp(row[place] / 0.07) if vote == "weighted" else 1
         ranked.append(np.argsort(-votes, kind="stable"))
     return np.array(ranked)
+
+
+def test_the_tower_is_called_with_its_options_and_features_are_not_shared_across_them() -> None:
+    with shared_features():
+        whole, part = knn(), knn(options=dict(first=2))
+    only = knn(
+        train=dataset(image=MEMORY[:, :2], label=KNOWN), test=dataset(image=QUERIES[:, :2], label=ASKED)
+    )
+    assert part == only != whole
 
 
 @pytest.mark.parametrize("devices", [1, 8])

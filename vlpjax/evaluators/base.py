@@ -68,6 +68,7 @@ class Encoder:
       field: of the batch, which the tower reads.  Token ids [B, captions, L] are several texts per example.
       output: which of the tower's outputs is taken.
       normalize: whether features are brought to length one.
+      options: what the tower's call is given besides, such as ``size`` of an elastic tower.
     """
 
     def __init__(
@@ -79,13 +80,14 @@ class Encoder:
         output: str = "embedding",
         *,
         normalize: bool = True,
+        options: Mapping[str, Any] | None = None,
     ):
         if tower not in experiment.towers:
             raise UserError(
                 f"An evaluator names the tower {tower!r}; there are {', '.join(experiment.towers)}."
             )
         self.tower, self.field, self.output, self.normalize = tower, field, output, normalize
-        self.layout = layout
+        self.layout, self.options = layout, dict(options or {})
 
         def encode(variables: Variables, batch: jax.Array) -> jax.Array:
             several = batch.shape[:2] if batch.ndim == 3 and batch.dtype == jnp.int32 else ()
@@ -93,7 +95,7 @@ class Encoder:
                 batch = batch.reshape(-1, batch.shape[-1])
             with layout.activate():
                 outputs: Any = experiment.towers.apply(
-                    variables, method=lambda towers: towers.call(tower, batch)
+                    variables, method=lambda towers: towers.call(tower, batch, **self.options)
                 )
             if output not in outputs:
                 raise UserError(
@@ -124,7 +126,7 @@ class Encoder:
         """What the raw features of an example depend on besides the example."""
         used = [variables.get(kind, {}).get(self.tower, {}) for kind in ("params", "batch_stats")]
         where = tuple(map(id, jax.tree.leaves(used)))
-        return (self.tower, self.field, self.output, id(self.layout), where)
+        return (self.tower, self.field, self.output, repr(self.options), id(self.layout), where)
 
 
 class Encoded(NamedTuple):
@@ -147,8 +149,8 @@ _SHARED: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
 def shared_features() -> Iterator[None]:
     """While it is open, evaluators that ask for the same features of the same data encode it once.
 
-    The same means: equal fingerprint of the pipeline, the same tower, field and output, and the very same arrays
-    of parameters, which live at least as long as this is open.  Nothing is kept afterwards.
+    The same means: equal fingerprint of the pipeline, the same tower, options, field and output, and the very same
+    arrays of parameters, which live at least as long as this is open.  Nothing is kept afterwards.
     """
     token = _SHARED.set({})
     try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -50,6 +50,8 @@ class LabelledEvaluator(Evaluator):
       train, test: finite pipelines of labelled images: what is known, and what is asked.
       tower: its name; ``image_field`` is what it reads, ``output`` which of its outputs is judged.
       label: field of the batch that holds the class number.
+      options: what the tower's call is given besides: ``dict(size=(64, 2))`` judges that sub-network of an
+        :class:`vlpjax.models.elastic.ElasticViT`.
     """
 
     label_fields: ClassVar[bool] = False  # whether a label is more than one number per example
@@ -60,6 +62,7 @@ class LabelledEvaluator(Evaluator):
     image_field: str = "image"
     output: str = "pooled"
     label: str = "label"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def make(self, experiment: Experiment, layout: Layout) -> Callable[[Variables], Result]:
         who = type(self).__name__
@@ -81,8 +84,9 @@ class LabelledEvaluator(Evaluator):
 
         return lambda variables: judge(examples(train, variables), examples(test, variables))
 
-    def _encoder(self, experiment: Experiment, layout: Layout) -> Encoder:
-        return Encoder(experiment, layout, self.tower, self.image_field, self.output, normalize=False)
+    def _encoder(self, experiment: Experiment, layout: Layout, normalize: bool = False) -> Encoder:
+        where = self.tower, self.image_field, self.output
+        return Encoder(experiment, layout, *where, normalize=normalize, options=self.options)
 
     def _judge(self, layout: Layout) -> Callable[[Examples, Examples], Result]:
         """A function from what is known and what is asked to the result."""

@@ -43,10 +43,8 @@ class _Probe(FeatureClassifier):
 
     normalize: bool = False
 
-    def _encoder(self, experiment: Experiment, layout: Layout) -> Encoder:
-        return Encoder(
-            experiment, layout, self.tower, self.image_field, self.output, normalize=self.normalize
-        )
+    def _encoder(self, experiment: Experiment, layout: Layout, normalize: bool = False) -> Encoder:
+        return super()._encoder(experiment, layout, normalize or self.normalize)
 
     def _classify(self, layout: Layout) -> Classify:
         fit = self._fit(layout)

@@ -70,14 +70,14 @@ class ElasticViT(nn.Module):
         self,
         images: Float[Array, "batch height width channels"],
         *,
-        size: Size | None = None,
+        size: Size | tuple[int, int] | None = None,
         masked: jax.Array | None = None,
         train: bool = False,
     ) -> dict[str, Any]:
         """Encodes a batch.
 
         Args:
-          size: the sub-network; None is all of it.
+          size: the sub-network, also as a pair (width, depth); None is all of it.
           masked: as of :class:`vlpjax.models.vit.ViT`.
 
         Returns:
@@ -90,6 +90,7 @@ class ElasticViT(nn.Module):
         if size is None or self.is_initializing():
             outputs: dict[str, Any] = self.tower(images, masked=masked, train=train)
             return outputs
+        size = Size(*size)
         params = shrink(self.tower.variables["params"], self.tower, size)
         rngs = {"dropout": self.make_rng("dropout")} if train and self.has_rng("dropout") else {}
         with nn.intercept_methods(_norms_of_width(size.width, self.tower.width)):
