@@ -44,7 +44,7 @@ SYSTEM = dict(
 # Against the same tower before training: prompted segmentation and the overlap of similarities.
 PROOF = dict(
     against="experiments/masked/mmc.py:small",
-    metrics=("segmentation/iou",),
+    metrics=("segmentation/iou", "overlap/overlap"),
     settings=("duration=200 steps", "data.train.batch_size=32"),
     set_b=("duration=1 step",),
 )

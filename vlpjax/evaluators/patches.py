@@ -27,7 +27,8 @@ from vlpjax.experiment import Experiment
 from vlpjax.mesh import Layout
 from vlpjax.models.positions_2d import resize_matrix
 
-THRESHOLDS = tuple(float(value) for value in np.round(np.arange(-0.95, 1.0, 0.05), 2))
+# Cosines, ever closer towards 1: tokens that share a large common part differ in the third decimal only.
+THRESHOLDS = tuple(float(value) for value in np.round(1 - np.geomspace(1.95, 1e-4, 100), 6))
 Images = Iterator[tuple[np.ndarray, np.ndarray]]  # unit features of patches [N, D], and objects [H, W]
 
 
