@@ -5,7 +5,8 @@ python -m vlpjax.main --config=experiments/contrastive/negclip.py --workdir=runs
 ``small`` needs nothing but this package: scenes of two bundled drawings side by side ("a duck left of a tree").
 ``negclip.py:plain`` is the same without the negatives, to compare with.  ``negclip.py:paper`` tunes OpenAI's ViT-B/32
 on COCO's captions, each image beside one of those that are most alike; ``coco/neighbors.npy`` lists these for every
-image by the cosines of the same tower.  Chosen here is how many they are, three.
+image by the cosines of the same tower, and is written by ``tools/find_neighbors.py``.  Chosen here is how many they
+are, three.
 """
 
 from __future__ import annotations
