@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlpjax.errors import UserError
-from vlpjax.hardware import CHIPS, chip_named, chip_of
+from vlpjax.hardware import CHIPS, chip_of
 
 
 @pytest.mark.parametrize(
@@ -30,12 +29,20 @@ def test_a_chip_is_found_by_what_jax_calls_it(kind: str, name: str) -> None:
 def test_an_unknown_device_has_no_figures() -> None:
     assert chip_of("cpu") is None
     assert chip_of("NVIDIA A100-SXM4-40GB") is None
-    with pytest.raises(UserError, match=r"'v5x'; there are v5e, v5p"):
-        chip_named("v5x")
 
 
-def test_names_are_found_in_any_case() -> None:
-    assert chip_named("tpu7x") is CHIPS["TPU7x"]
+@pytest.mark.parametrize(
+    ("name", "sizes", "rings"),
+    [
+        ("v5p", (4, 4, 8), [True, True, True]),
+        ("v5p", (2, 4, 4), [False, False, False]),
+        ("v5e", (16, 16), [True, True]),
+        ("v6e", (8, 16), [False, True]),
+        ("v6e", (4, 4), [False, False]),
+    ],
+)
+def test_cubes_and_whole_pods_close_to_rings(name: str, sizes: tuple[int, ...], rings: list[bool]) -> None:
+    assert CHIPS[name].rings(sizes) == rings
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)

@@ -6,16 +6,21 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests.tiny import ROOT, model_config
+from tools.plan import main as plan_several
 from vlpjax.errors import UserError
 from vlpjax.experiment import choose_precision
 from vlpjax.flags import compiler_options
+from vlpjax.main import main
 from vlpjax.plan import check, refusal
 from vlpjax.planning import topology
 from vlpjax.plans import Plans, Setting, candidates, split_changes
@@ -50,16 +55,15 @@ def get_config():
 '''
 
 
-def run(*arguments: Any, module: str = "vlpjax.main", **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        *([module] if module.endswith(".py") else ["-m", module]),
-        *map(str, arguments),
-    ]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("XLA_FLAGS")}
-    return subprocess.run(
-        command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def planner(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What planning does to its process is undone after the test."""
+    for variable, value in topology.ENVIRONMENT.items():
+        monkeypatch.setenv(variable, value)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +75,14 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def planned(experiment: Path) -> tuple[dict[str, Any], str, str]:
-    """The plan as JSON and as text, and the program."""
+    """The plan as JSON and as text, and the program; all that is compiled here, but for one layer."""
     files = experiment.with_name("plan.json"), experiment.with_name("plan.hlo")
-    done = run(
-        f"--config={experiment}",
-        "--mode=plan",
-        "--config.plan.topology=v5e:2x4",
-        f"--plan_json={files[0]}",
-        f"--plan_hlo={files[1]}",
-    )
+    command = [
+        sys.executable, "-m", "vlpjax.main", f"--config={experiment}", "--mode=plan",
+        "--config.plan.topology=v5e:2x4", f"--plan_json={files[0]}", f"--plan_hlo={files[1]}",
+    ]  # fmt: skip
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # neither warnings nor the compiler's own noise
     return json.loads(files[0].read_text()), done.stdout, files[1].read_text()
@@ -88,7 +91,7 @@ def planned(experiment: Path) -> tuple[dict[str, Any], str, str]:
 def test_the_mesh_is_that_of_the_topology_and_its_rules(planned: Any) -> None:
     plan, text, program = planned
     assert (plan["chip"], plan["chips"], plan["mesh"]) == ("v5e", 8, {"fsdp": 4, "tensor": 2})
-    assert plan["batch"] == 64
+    assert (plan["batch"], plan["tokens"]) == (64, 0)  # rates are in images
     assert "num_partitions=8" in program
     assert "bf16" in program  # precision is that of the chips, not of this machine
     assert "classifier on v5e:2x4: 8 chips" in text
@@ -137,20 +140,43 @@ def test_the_rate_follows_from_the_step(planned: Any) -> None:
     assert 0 < plan["evaluation"]["cycles"] < plan["step"]["cycles"] / 2
 
 
-def test_settings_side_by_side(experiment: Path) -> None:
-    done = run(
-        f"--config={experiment}", "--topology=v5e:2x2", "--set=plan.evaluation=False", "--set=towers.image.depth=1",
-        "--compare", "mesh.fsdp=2,mesh.tensor=2", "mesh.fsdp=3",
-        module="tools/plan.py",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "fsdp=2 tensor=2" in done.stdout
-    assert "mesh.fsdp=3: config.mesh has fsdp=3, but there are 4 devices" in done.stdout
+@pytest.mark.usefixtures("planner")
+def test_settings_side_by_side(experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = [f"--config={experiment}", "--topology=v5e:2x2"]
+    small = ["--set=plan.evaluation=False", "--set=towers.image.depth=1", f"--json={tmp_path}/plans.json"]
+    assert plan_several([*base, *small, "--compare", "mesh.fsdp=2,mesh.tensor=2", "mesh.fsdp=3"]) == 0
+    said, reason = capsys.readouterr().out, "config.mesh has fsdp=3, but there are 4 devices"
+    assert "fsdp=2 tensor=2" in said
+    assert f"mesh.fsdp=3: {reason}" in said
+    found = json.loads((tmp_path / "plans.json").read_text())
+    assert found["plans"]["mesh.fsdp=2,mesh.tensor=2"]["mesh"] == {"fsdp": 2, "tensor": 2}
+    assert found["refused"]["mesh.fsdp=3"].startswith(reason)
+    assert plan_several([*base, "--compare", "mesh.fsdp=3", "mesh.fsdp=5"]) == 2  # nothing is left to compare
+    assert capsys.readouterr().err.startswith(f"error: {reason}")
 
 
-def test_a_search_tries_all_combinations(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable, value in topology.ENVIRONMENT.items():
-        monkeypatch.setenv(variable, value)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Give either --compare with settings, or --search."),
+        (["--search", "--compare", "a=1"], "Give either --compare"),
+        (["--compare", "", "--remat=full"], "--remat belongs to --search"),
+        (["--search", "--batch=64,many"], "--batch names 'many'; a batch is a whole number"),
+        (["--search", "--json=nowhere/plans.json"], "there is no folder nowhere."),
+        (["--compare", "", "--set=fast"], "The setting 'fast' has no value"),
+    ],
+)
+@pytest.mark.usefixtures("planner")
+def test_options_that_do_not_go_together_are_told_before_anything_is_compiled(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan_several(["--config=none.py", "--topology=v5e:2x2", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("planner")
+def test_a_search_tries_all_combinations(experiment: Path) -> None:
     base = [("plan.topology", "v5e:2x4")]
     found = candidates(str(experiment), base, ["fsdp=8", "fsdp=2,tensor=4"], ["none", "full"], [32, 64])
     assert len(found) == 2 * 2 * 2
@@ -161,6 +187,8 @@ def test_a_search_tries_all_combinations(experiment: Path, monkeypatch: pytest.M
     }  # fmt: skip
     usual = candidates(str(experiment), base, [], [], [])
     assert [one.name for one in usual] == ["fsdp=8", "fsdp=4,tensor=2", "fsdp=2,tensor=4", "fsdp=1,tensor=8"]
+    few = candidates(str(experiment), [("plan.topology", "v5e:2x2")], [], [], [])
+    assert [one.name for one in few] == ["fsdp=4", "fsdp=2,tensor=2", "fsdp=1,tensor=4"]
     with pytest.raises(UserError, match="--meshes names the axis 'data'"):
         candidates(str(experiment), base, ["data=8"], [], [])
 
@@ -185,18 +213,14 @@ def test_what_fits_comes_first_and_of_that_the_fastest() -> None:
         ("v5p:3x5x7", "The TPU compiler knows no topology 'v5p:3x5x7'"),
     ],
 )
-def test_a_topology_that_does_not_exist_is_refused(
-    name: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for variable, value in topology.ENVIRONMENT.items():
-        monkeypatch.setenv(variable, value)
+@pytest.mark.usefixtures("planner")
+def test_a_topology_that_does_not_exist_is_refused(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         topology.devices_of(name)
 
 
-def test_slices_are_told_apart_and_precision_is_that_of_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable, value in topology.ENVIRONMENT.items():
-        monkeypatch.setenv(variable, value)
+@pytest.mark.usefixtures("planner")
+def test_slices_are_told_apart_and_precision_is_that_of_the_devices() -> None:
     devices = topology.devices_of("v5e:2x2*2")
     assert [device.slice_index for device in devices] == [0] * 4 + [1] * 4
     assert choose_precision("auto", devices)[0] == "bfloat16"
@@ -204,22 +228,26 @@ def test_slices_are_told_apart_and_precision_is_that_of_the_devices(monkeypatch:
     assert "xla_tpu_enable_async_collective_fusion" in compiler_options(devices[0])
 
 
-def test_mistakes_are_one_sentence(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = (f"--config={experiment}", "--mode=plan")
-    missing = run(*base)
-    assert missing.returncode == 2
-    assert (
-        "config.plan.topology is not set; name one, such as --config.plan.topology=v5p:4x4x8"
-        in missing.stderr
-    )
-    mesh = run(*base, "--config.plan.topology=v5e:2x2", "--config.mesh.fsdp=3")
-    assert "config.mesh has fsdp=3, but there are 4 devices" in mesh.stderr
-    several = run(*base, "--config.plan.topology=v5e:2x2", JAX_COORDINATOR_ADDRESS="host:1")
-    assert "JAX_COORDINATOR_ADDRESS='host:1' makes this one of several" in several.stderr
-    assert (
-        "--plan_json belongs to --mode=plan"
-        in run(f"--config={experiment}", "--mode=describe", "--plan_json=a").stderr
-    )
+@pytest.mark.usefixtures("planner")
+def test_mistakes_are_one_sentence(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*arguments: str, mode: str = "plan") -> str:
+        assert main([f"--config={experiment}", f"--mode={mode}", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1
+        return said
+
+    place = "--config.plan.topology=v5e:2x2"
+    missing = told()
+    assert "config.plan.topology is not set; name one, such as --config.plan.topology=v5p:4x4x8" in missing
+    assert "config.mesh has fsdp=3, but there are 4 devices" in told(place, "--config.mesh.fsdp=3")
+    assert "--coordinator starts one of several processes" in told(place, "--coordinator=auto")
+    assert "there is no folder nowhere." in told(place, "--plan_hlo=nowhere/a.hlo")
+    assert "--plan_json belongs to --mode=plan" in told("--plan_json=a", mode="describe")
+    with monkeypatch.context() as patch:
+        patch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
+        assert "JAX_COORDINATOR_ADDRESS='host:1' makes this one of several" in told(place)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs no TPU: pip install 'libtpu==0\.0\.\d+\.\*'"):
         topology.require_compiler()

@@ -136,6 +136,7 @@ def test_processes_read_their_own_parts_and_train_and_save_as_one(
     [
         (("", "2", "0"), ["--num_processes=2", "without --coordinator", "HOST:PORT"]),
         (("", "", "1"), ["--process_id=1", "without --coordinator"]),
+        (("", "", "", "9"), ["--join_seconds=9", "without --coordinator"]),
         (("auto", "2", ""), ["--coordinator=auto", "leave --num_processes=2 out"]),
         (("here", "2", "0"), ["'here'", "HOST:PORT", "auto"]),
         (("here:port", "2", "0"), ["'here:port'"]),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -17,8 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
-
-import yaml
 
 from tools._tpus import Slice
 from vlpjax.errors import UserError
@@ -87,7 +86,8 @@ class Slurm(Engine):
       cpus_per_task: of each process; 0 is Slurm's default.
       time: at most, as Slurm writes it.
       partition, account, qos, constraint: as ``sbatch`` takes them; empty ones are left out.
-      directory: the checkout that runs, on a file system that the nodes share.
+      directory: the checkout that runs, on a file system that the nodes share; the default is where the job is
+        submitted.
       python: the interpreter there.
       image: a container, where the Pyxis plugin is installed.
       logs: folder for the output, on a shared file system.
@@ -101,7 +101,7 @@ class Slurm(Engine):
     account: str = ""
     qos: str = ""
     constraint: str = ""
-    directory: str = "."
+    directory: str = ""
     python: str = "python"
     image: str = ""
     logs: str = "logs"
@@ -140,8 +140,9 @@ class Slurm(Engine):
         head = "".join(f"#SBATCH --{name}{value and f'={value}'}\n" for name, value in self.options.items())
         container = [f"--container-image={self.image}"] if self.image else []
         line = ["srun", "--kill-on-bad-exit=1", *container, self.python, *self.command, "--coordinator=auto"]
+        place = f"cd {shlex.quote(self.directory)}\n" if self.directory else ""
         return (
-            f"#!/bin/bash\n{head}\n{self.exports}cd {shlex.quote(self.directory)}\n{shlex.join(line)}\ncode=$?\n"
+            f"#!/bin/bash\n{head}\n{self.exports}{place}{shlex.join(line)}\ncode=$?\n"
             f'if [ "$code" -ne 0 ] && [ "$code" -ne {EXPLAINED} ] '
             f'&& [ "${{SLURM_RESTART_COUNT:-0}}" -lt {self.restarts} ]; then\n'
             '  scontrol requeue "$SLURM_JOB_ID"\nfi\nexit "$code"\n'
@@ -173,20 +174,12 @@ class Slurm(Engine):
         return f"job {job.job_id}"
 
 
-class Printed(yaml.SafeDumper):
-    """YAML in which nothing refers to something else."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        del data
-        return True
-
-
 @dataclass(frozen=True, kw_only=True)
 class JobSet(Engine):
     """A JobSet of Kubernetes, on slices of TPUs in GKE or on nodes with GPUs anywhere.
 
     - TPUs: a job per slice and a pod per host.  GKE tells each pod its slice and place, by which JAX finds the others
-      (https://cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice).
+      (https://cloud.google.com/tpu/docs/tpu-gke-multislice).
     - GPUs: one job with a pod per node.  A pod's name follows from its number, so that no process has to ask the
       cluster, for which it would need a right.
 
@@ -230,7 +223,7 @@ class JobSet(Engine):
             Slice.parse(self.topology)
 
     def manifest(self) -> dict[str, Any]:
-        """The object that Kubernetes is given."""
+        """The object that Kubernetes is given, as JSON."""
         tpu = Slice.parse(self.topology) if self.topology else None
         pods = tpu.hosts if tpu else self.nodes
         metadata: dict[str, Any] = {"name": self.name, "namespace": self.namespace}
@@ -303,7 +296,7 @@ class JobSet(Engine):
         return pod
 
     def text(self) -> str:
-        return yaml.dump(self.manifest(), Dumper=Printed, sort_keys=False)
+        return json.dumps(self.manifest(), indent=2) + "\n"
 
     def submit(self) -> str:
         return run(["kubectl", "create", "--filename=-"], self.text())

@@ -1,7 +1,6 @@
-"""TPU slices as Google Cloud names them: which topologies exist, how many hosts one has, and what it is called.
+"""TPU slices as Google Cloud names them: which topologies exist, and how many hosts one has.
 
-Sources: https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus (topologies, node labels, chips per
-machine) and https://cloud.google.com/tpu/docs/supported-tpu-configurations (accelerator types).
+Source: https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus (topologies, node labels, chips per machine).
 """
 
 from __future__ import annotations
@@ -25,26 +24,22 @@ class Generation:
     Attributes:
       label: of GKE's nodes, under ``cloud.google.com/gke-tpu-accelerator``.
       accelerator: what an accelerator type begins with.
-      cores: TensorCores per chip, which accelerator types count where ``counts_cores``.
-      counts_cores: whether they do; otherwise they count chips.
       torus: whether a slice has three dimensions.
       most: chips of the largest slice.
     """
 
     label: str
     accelerator: str
-    cores: int
-    counts_cores: bool
     torus: bool
     most: int
 
 
 GENERATIONS = {
-    "v4": Generation("tpu-v4-podslice", "v4", 2, True, True, 4096),
-    "v5e": Generation("tpu-v5-lite-podslice", "v5litepod", 1, False, False, 256),
-    "v5p": Generation("tpu-v5p-slice", "v5p", 2, True, True, 6144),
-    "v6e": Generation("tpu-v6e-slice", "v6e", 1, False, False, 256),
-    "tpu7x": Generation("tpu7x", "tpu7x", 2, True, True, 9216),
+    "v4": Generation("tpu-v4-podslice", "v4", True, 4096),
+    "v5e": Generation("tpu-v5-lite-podslice", "v5litepod", False, 256),
+    "v5p": Generation("tpu-v5p-slice", "v5p", True, 6144),
+    "v6e": Generation("tpu-v6e-slice", "v6e", False, 256),
+    "tpu7x": Generation("tpu7x", "tpu7x", True, 9216),
 }
 
 
@@ -108,12 +103,6 @@ class Slice:
     @property
     def hosts(self) -> int:
         return self.chips // self.chips_per_host
-
-    @property
-    def accelerator_type(self) -> str:
-        """What Cloud TPU calls it, such as ``v5p-256`` for 128 chips of two cores."""
-        count = self.chips * (self.generation.cores if self.generation.counts_cores else 1)
-        return f"{self.generation.accelerator}-{count}"
 
 
 def topologies(kind: str) -> tuple[str, ...]:

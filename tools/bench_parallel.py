@@ -30,10 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works from a checkout that is not installed
 
 from vlpjax.flags import order_simulated_devices  # noqa: E402
-from vlpjax.planning.topology import ignore_absent_chips  # noqa: E402
+from vlpjax.planning import topology  # noqa: E402
 
 order_simulated_devices()
-ignore_absent_chips()
+topology.ignore_absent_chips()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -134,21 +134,16 @@ def columns(options: argparse.Namespace) -> dict[str, Sequence[Any]]:
     """Devices per column: the first of the simulated ones, or all of a topology.
 
     Raises:
-      UserError: a topology that the compiler does not know, or no compiler.
+      UserError: more devices than there are, a topology that the compiler does not know, or no compiler.
     """
-    if not options.topologies:
-        return {str(count): jax.devices()[: int(count)] for count in options.devices.split(",")}
-    from jax.experimental import topologies
-
-    found = {}
-    for name in options.topologies.split(","):
-        try:
-            found[name] = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-        except Exception as error:  # the compiler's errors have no type of their own
-            raise UserError(
-                f"No TPU program can be compiled for {name!r}: {str(error).splitlines()[0]}"
-            ) from error
-    return found
+    if options.topologies:
+        topology.prepare()
+        return {name: topology.devices_of(name) for name in options.topologies.split(",")}
+    there = jax.devices()
+    for count in options.devices.split(","):
+        if not count.isdecimal() or not 0 < int(count) <= len(there):
+            raise UserError(f"--devices names {count!r}; there are 1 to {len(there)}.")
+    return {count: there[: int(count)] for count in options.devices.split(",")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -165,19 +160,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in names if name not in FORMS]:
         parser.error(f"there is no {unknown[0]!r} among the forms; there are {', '.join(FORMS)}.")
     try:
-        places = columns(options)
+        report([FORMS[name] for name in names], columns(options), options.batch, options.features)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def report(forms: Sequence[Form], places: dict[str, Sequence[Any]], batch: int, features: int) -> None:
+    """Prints a row per form, with a column per place."""
     print(f"{'MB per device':44}" + "".join(f"{name:>12}" for name in places) + "   least of most")
-    for name in names:
-        form = FORMS[name]
-        sizes = [
-            temporary_bytes(form, devices, options.batch, options.features) for devices in places.values()
-        ]
+    for form in forms:
+        sizes = [temporary_bytes(form, devices, batch, features) for devices in places.values()]
         cells = "".join(f"{size / 1e6:12,.2f}" for size in sizes)
         print(f"{form.title:44}{cells}   {sizes[0] / max(sizes[-1], 1):12.2f}", flush=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def _value(name: str, text: str, kind: Any) -> Any:
     """The text as what the field holds, a number or a text."""
     if kind != "int":
         return text
-    if not text.isdigit():
+    if not text.isdecimal():
         raise UserError(f"--{name} is {text!r}, which is no whole number.")
     return int(text)
 

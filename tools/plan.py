@@ -48,20 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
+        _check(given)
         topology.prepare()
         from vlpjax import plans
 
         base = [("plan.topology", given.topology), *map(plans.change, given.set)]
-        if given.search == bool(given.compare):
-            raise UserError("Give either --compare with settings, or --search.")
         if given.search:
-            settings = plans.candidates(
-                given.config,
-                base,
-                given.meshes,
-                _words(given.remat),
-                [int(size) for size in _words(given.batch)],
-            )
+            sizes = [int(size) for size in _words(given.batch)]
+            settings = plans.candidates(given.config, base, given.meshes, _words(given.remat), sizes)
         else:
             settings = [plans.Setting.of(word) for word in given.compare]
         found = plans.plan_all(given.config, base, settings, report=lambda line: print(line, flush=True))
@@ -69,14 +63,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, reason in found.refused:
             print(f"{name}: {reason}")
         if given.json:
-            plans = {name: as_json(one) for name, one in found.plans}
+            figures = {name: as_json(one) for name, one in found.plans}
             given.json.write_text(
-                json.dumps({"plans": plans, "refused": dict(found.refused)}, indent=2), encoding="utf-8"
+                json.dumps({"plans": figures, "refused": dict(found.refused)}, indent=2), encoding="utf-8"
             )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Raises ``UserError`` for options that do not go together, before anything takes time."""
+    if given.search == bool(given.compare):
+        raise UserError("Give either --compare with settings, or --search.")
+    for name in ("meshes", "remat", "batch"):
+        if getattr(given, name) and not given.search:
+            raise UserError(f"--{name} belongs to --search; a setting of --compare says all that it changes.")
+    for size in _words(given.batch):
+        if not size.isdecimal() or not int(size):
+            raise UserError(f"--batch names {size!r}; a batch is a whole number of examples.")
+    if given.json and not given.json.absolute().parent.is_dir():
+        raise UserError(f"--json={given.json} cannot be written: there is no folder {given.json.parent}.")
 
 
 def _words(text: str) -> list[str]:

@@ -7,9 +7,8 @@ here gets no estimate: a share of a wrong peak is worse than none.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from vlpjax.errors import UserError
 
 GIB = 2**30
 CLOUD_TPU = "https://docs.cloud.google.com/tpu/docs"
@@ -54,10 +53,15 @@ class Chip:
     clock_hz: float | None = None
     devices: int = 1
 
-    @property
-    def links(self) -> int:
-        """Links to neighbours; 1 into a switch."""
-        return 2 * self.torus_dims or 1
+    def rings(self, sizes: Sequence[int]) -> list[bool]:
+        """Which axes of a slice of TPUs, with so many chips along each, have a link from their end to their start.
+
+        All of a slice that is made of cubes of 4 x 4 x 4; where there are two dimensions, those that a pod is long
+        (:data:`SCALING_BOOK`).
+        """
+        if self.torus_dims == 3:
+            return [all(size % 4 == 0 for size in sizes)] * len(sizes)
+        return [size == 16 for size in sizes]
 
 
 CHIPS: dict[str, Chip] = {
@@ -111,18 +115,6 @@ CHIPS: dict[str, Chip] = {
         ),
     )
 }  # fmt: skip
-
-
-def chip_named(name: str) -> Chip:
-    """The chip of this name.
-
-    Raises:
-      UserError: there is none; the known ones are listed.
-    """
-    for chip in CHIPS.values():
-        if chip.name.lower() == name.lower():
-            return chip
-    raise UserError(f"No figures are known of the chip {name!r}; there are {', '.join(CHIPS)}.")
 
 
 def chip_of(device_kind: str) -> Chip | None:

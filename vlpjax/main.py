@@ -101,6 +101,10 @@ def _plan(flags: dict[str, str], overrides: list[tuple[str, str]]) -> int:
             raise UserError(
                 f"--{name} starts one of several processes; planning is done by one alone, leave it out."
             )
+    for name in ("plan_json", "plan_hlo"):  # before anything takes minutes
+        folder = os.path.dirname(flags.get(name, "")) or "."
+        if not os.path.isdir(folder):
+            raise UserError(f"--{name}={flags[name]} cannot be written: there is no folder {folder}.")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from vlpjax.planning import topology

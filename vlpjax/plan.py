@@ -87,7 +87,7 @@ def plan(config: ConfigDict, hlo: str | Path | None = None) -> Plan:
         devices=len(devices),
         mesh={axis: size for axis, size in run.layout.mesh.shape.items() if size > 1},
         batch=run.experiment.durations.batch_size,
-        tokens=tokens_per_example(run.batch_shapes),
+        tokens=max(one.tokens(run.batch_shapes) for _, one in run.experiment.objectives.values()),
         steps=run.total_steps,
         accumulate=run.experiment.accumulate,
         memory=memory_of(run, program, chip),
@@ -155,11 +155,6 @@ def refusal(message: str) -> UserError:
 
 def prices_of(run: Run, chip: Chip) -> ChipPrices:
     """What a device of the run's mesh takes for what the compiler does not time."""
-
-    def closes(size: int) -> bool:
-        """Whether a torus axis of this many chips is a ring: cubes of 4 close, and whole pods of 16x16."""
-        return size % 4 == 0 if chip.torus_dims == 3 else size == 16
-
     assert chip.clock_hz is not None
     mesh, settings = run.layout.mesh, run.config.plan
     return ChipPrices(
@@ -167,7 +162,7 @@ def prices_of(run: Run, chip: Chip) -> ChipPrices:
         peak=chip.bf16_flops / chip.devices,
         memory_bandwidth=chip.hbm_bandwidth / chip.devices,
         host_bandwidth=chip.host_bandwidth / chip.devices,
-        links=Links.of(mesh, chip.ici_bandwidth, chip.dcn_bandwidth / chip.devices, closes),
+        links=Links.of(mesh, chip.ici_bandwidth, chip.dcn_bandwidth / chip.devices, chip.rings),
         efficiency=settings.attention_efficiency,
         attention_share=settings.attention_share,
     )
@@ -181,8 +176,7 @@ def memory_of(run: Run, program: Any, chip: Chip) -> Memory:
         name: _local_bytes(getattr(abstract, name), getattr(shardings, name))
         for name in ("params", "optimizer", "teachers", "objectives", "statistics")
     }
-    batch = run.layout.sharding("batch")
-    held = sum(_local_bytes(shape, batch) for shape in run.batch_shapes.values())
+    held = _local_bytes(run.batch_shapes, run.layout.sharding("batch"))
     host = found.host_argument_size_in_bytes + found.host_temp_size_in_bytes
     return Memory(
         peak=float(found.peak_memory_in_bytes),
@@ -212,17 +206,12 @@ def model_flops(run: Run) -> flops.Flops:
     return flops.count(loss, (abstract, batch), (marks, dict.fromkeys(batch, False)))
 
 
-def tokens_per_example(batch: Any) -> int:
-    """Length of the longest row of token ids, 0 where there is none."""
-    rows = [shape.shape[1] for shape in batch.values() if len(shape.shape) == 2 and shape.dtype.kind in "iu"]
-    return max(rows, default=0)
-
-
 def _local_bytes(abstract: Any, shardings: Any) -> float:
-    if not isinstance(shardings, jax.sharding.Sharding):
-        pairs = zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True)
-    else:
-        pairs = zip(*([leaf] for leaf in (abstract, shardings)), strict=True)
+    """What a device holds of a tree of arrays; one sharding stands for all of them."""
+    leaves, places = jax.tree.leaves(abstract), jax.tree.leaves(shardings)
+    if len(places) == 1:
+        places *= len(leaves)
+    pairs = zip(leaves, places, strict=True)
     return float(sum(math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, where in pairs))
 
 

@@ -94,7 +94,7 @@ def candidates(
     Args:
       base: changes that all have, among them the topology.
       meshes: such as ``"fsdp=64,tensor=4"``; axes that are not named are 1.  Empty means: all devices on ``fsdp``, and
-        the same with 2, 4 and 8 of them on ``tensor``.
+        the same with 2, 4 and 8 of them on ``tensor``, as far as these divide.
       remat: for every tower that has the field.
 
     Raises:
@@ -107,7 +107,9 @@ def candidates(
     count = len(topology.devices_of(config.plan.topology))
     if not meshes:
         meshes = [
-            f"fsdp={count // parts}" + (f",tensor={parts}" if parts > 1 else "") for parts in (1, 2, 4, 8)
+            f"fsdp={count // parts}" + (f",tensor={parts}" if parts > 1 else "")
+            for parts in (1, 2, 4, 8)
+            if count % parts == 0
         ]
     found = []
     for mesh, kind, size in itertools.product(meshes, remat or [""], batch or [0]):
@@ -135,17 +137,19 @@ def plan_all(
       report: is told when a setting begins.
 
     Raises:
-      UserError: no setting could be planned at all, for another reason than its size.
+      UserError: none of the settings makes sense; what is wrong with the first of them.
     """
     found = Plans()
+    senseless: list[UserError] = []
     for number, setting in enumerate(settings, start=1):
         report(f"{number} of {len(settings)}: {setting.name or 'as configured'}")
         try:
             one = plan(load_for_topology(experiment, [*base, *setting.changes]))
         except UserError as error:
-            if len(settings) == 1 and not isinstance(error, TooLarge):
-                raise
             found.refused.append((setting.name or "as configured", str(error)))
+            senseless += [] if isinstance(error, TooLarge) else [error]
         else:
             found.plans.append((setting.name, one))
+    if senseless and len(senseless) == len(settings):
+        raise senseless[0]
     return found

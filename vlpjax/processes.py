@@ -42,7 +42,7 @@ def join(
     given = {"num_processes": num_processes, "process_id": process_id}
     patience = _number("join_seconds", join_seconds) if join_seconds else JOIN_SECONDS
     if not coordinator:
-        for name, text in given.items():
+        for name, text in (given | {"join_seconds": join_seconds}).items():
             if text:
                 raise UserError(
                     f"--{name}={text} is given without --coordinator; write --coordinator=HOST:PORT, that of process 0."
@@ -71,7 +71,7 @@ def join(
 
 
 def _number(name: str, text: str) -> int:
-    if not text.isdigit():
+    if not text.isdecimal():
         raise UserError(f"--{name} is {text!r}; it is a whole number.")
     return int(text)
 

@@ -75,3 +75,6 @@ def test_what_makes_no_row_is_told(tmp_path: Path) -> None:
         TokenFiles("tokens.bin", length=4, dtype="int8")
     with pytest.raises(UserError, match="none.bin"):
         len(TokenFiles(str(tmp_path / "none.bin"), length=4))
+    (tmp_path / "cut.bin").write_bytes(b"1" * 25)
+    with pytest.raises(UserError, match=r"cut.bin has 25 bytes, which are no whole numbers of type uint16"):
+        len(TokenFiles(str(tmp_path / "cut.bin"), length=4))

@@ -117,3 +117,7 @@ def test_segments_are_one_per_token(state: Any) -> None:
     short = {**BATCH, "segment_ids": SEGMENTS[:, :-1]}
     with pytest.raises(UserError, match=r"'segment_ids' has the shape \(16, 8\), but 'tokens' has \(16, 9\)"):
         jax.eval_shape(lambda batch: gradients(experiment, state, batch), short)
+
+
+def test_the_first_token_of_a_row_is_not_predicted() -> None:
+    assert NextToken().tokens(BATCH) == LENGTH

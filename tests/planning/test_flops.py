@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from vlpjax.planning.flops import Flops, count
 
@@ -47,6 +49,12 @@ def test_scans_multiply_and_what_is_computed_again_does_not_count(remat: bool) -
 
     # Five layers, all counted alike: the carry of the first is data, that of the others is not.
     assert of(scanned, False, True) == Flops(products=3 * 5 * ONE, forward=5 * ONE)
+
+
+def test_what_every_device_does_with_its_part_counts_for_all() -> None:
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    parts = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"))
+    assert of(parts, False, True) == Flops(products=2 * ONE, forward=ONE)
 
 
 def test_the_rule_agrees_with_what_autodiff_computes() -> None:

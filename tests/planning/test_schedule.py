@@ -170,6 +170,17 @@ def test_what_has_no_estimate_is_read_and_written_once_and_said() -> None:
     line = played("  ROOT %s = s8[4]{0} sort(%x)")
     assert line.seconds == 4
     assert line.untimed["sort", ""].amount == 4
+    line = played('  ROOT %s = s8[4]{0} custom-call(%x), custom_call_target="Unheard"')
+    assert (line.seconds, line.untimed["custom-call Unheard", ""].amount) == (4, 4)
+
+
+def test_marks_and_copies_to_the_fast_memory_count_no_time() -> None:
+    line = played(
+        '  %m = s8[4]{0} custom-call(), custom_call_target="AllocateBuffer"\n'
+        "  %s = (s8[4]{0:S(1)}, s8[4]{0}, u32[]) copy-start(%x)\n"
+        "  ROOT %g = s8[4]{0:S(1)} copy-done(%s)"
+    )
+    assert line == Timeline()
 
 
 def test_copies_to_the_host_run_beside_and_are_waited_for() -> None:

@@ -53,3 +53,5 @@ def test_the_table_has_a_row_per_form(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         main(["--forms=softmx"])
     assert "there is no 'softmx' among the forms" in capsys.readouterr().err
+    assert main(["--devices=1,9"]) == 2
+    assert capsys.readouterr().err == "error: --devices names '9'; there are 1 to 8.\n"

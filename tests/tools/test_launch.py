@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.tiny import ROOT
 from tools import launch
@@ -79,6 +79,7 @@ def test_a_slurm_job_asks_for_a_process_per_gpu(capsys: pytest.CaptureFixture[st
     (command,) = [shlex.split(line) for line in lines if line.startswith("srun")]
     assert command == ["srun", "--kill-on-bad-exit=1", "python", *COMMAND, "--coordinator=auto"]
     assert "export WORDS='a b'" in lines
+    assert not any(line.startswith("cd ") for line in lines)  # Slurm starts a job where it was submitted
 
 
 def test_a_container_is_given_to_srun(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +134,7 @@ def test_a_slurm_job_is_printed_without_submitit_and_not_submitted(
 
 def parts(text: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
     """A JobSet, its one replicated job, that job's spec, and its pod's."""
-    manifest = yaml.safe_load(text)
+    manifest = json.loads(text)
     (replicated,) = manifest["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
     return manifest, replicated, job, job["template"]["spec"]
@@ -265,24 +266,20 @@ def test_a_host_can_run_a_container(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    ("text", "hosts", "accelerator"),
+    ("text", "hosts"),
     [
-        ("v5p:4x4x8", 32, "v5p-256"),
-        ("v5e:16x16", 64, "v5litepod-256"),
-        ("v6e:2x4", 2, "v6e-8"),
-        ("v6e:1x1", 1, "v6e-1"),
-        ("tpu7x:4x4x4", 16, "tpu7x-128"),
-        ("v4:2x2x1", 1, "v4-8"),
-        ("v5p:16x16x24", 1536, "v5p-12288"),
+        ("v5p:4x4x8", 32),
+        ("v5e:16x16", 64),
+        ("v6e:2x4", 2),
+        ("v6e:1x1", 1),
+        ("tpu7x:4x4x4", 16),
+        ("v4:2x2x1", 1),
+        ("v5p:16x16x24", 1536),
     ],
 )
-def test_a_slice_has_hosts_and_a_name(text: str, hosts: int, accelerator: str) -> None:
+def test_a_slice_has_hosts(text: str, hosts: int) -> None:
     found = Slice.parse(text)
-    assert (found.hosts, found.accelerator_type, f"{found.kind}:{found.topology}") == (
-        hosts,
-        accelerator,
-        text,
-    )
+    assert (found.hosts, f"{found.kind}:{found.topology}") == (hosts, text)
 
 
 def test_tori_are_made_of_cubes() -> None:

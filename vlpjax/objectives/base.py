@@ -240,6 +240,14 @@ class Objective:
         """
         return ()
 
+    def tokens(self, batch: Mapping[str, Any]) -> int:
+        """Tokens of an example that are predicted one by one, if rates are told in tokens; otherwise 0.
+
+        Args:
+          batch: shapes are enough.
+        """
+        return 0
+
 
 @dataclass(frozen=True)
 class BatchCoupled(Objective):

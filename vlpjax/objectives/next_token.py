@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,10 @@ class NextToken(BatchCoupled):
             "correct": jnp.sum(weights * each.correct, axis=1),
             "tokens": jnp.sum(weights, axis=1),
         }
+
+    def tokens(self, batch: Mapping[str, Any]) -> int:
+        """All but the first of a row, which nothing predicts."""
+        return int(batch[self.field].shape[1]) - 1
 
     def compare(self, features: dict[str, jax.Array], context: Context) -> Loss:
         del context

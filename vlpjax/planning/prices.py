@@ -2,7 +2,8 @@
 
 Collectives take what their bytes take at the links' bandwidth, in the way that fills a torus: rings in both directions
 along every torus axis that the group of chips lies on ("How to Scale Your Model", chapter "Sharded matrices",
-https://jax-ml.github.io/scaling-book/sharding).  An axis that does not close to a ring has half of the bandwidth.
+https://jax-ml.github.io/scaling-book/sharding).  A group that does not close to a ring has half of the bandwidth: on an
+axis without a link from its end to its start, or on a part of an axis.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from vlpjax.planning.hlo import Computation, Instruction, Shape
 
 # Seconds that a message takes to the next chip, whatever its size (the same source).
 HOP_SECONDS = 1e-6
+# Rate between the two devices of a chip, over that of a link (https://docs.cloud.google.com/tpu/docs/tpu7x).
+DIE_TO_DIE = 6
 # Matrix products over all pairs of queries and keys that a kernel does, by what its name holds; the first match counts.
 PRODUCTS = (
     ("query_gradient|dq", 3),  # logits, gradient of the weights, gradient of the queries
@@ -38,8 +41,8 @@ class Links:
       coordinates: [devices, axes], where each device stands in the torus.
       slices: [devices], the slice of each device.
       bandwidth: of one link in one direction, bytes per second.
-      network: of a chip to other slices, bytes per second.
-      closes: sizes of a torus axis that close to a ring.
+      network: of a device to other slices, bytes per second.
+      rings: per torus axis, the number of chips along it if they close to a ring, otherwise 0.
     """
 
     mesh: dict[str, int]
@@ -47,15 +50,23 @@ class Links:
     slices: np.ndarray
     bandwidth: float
     network: float
-    closes: Any
+    rings: tuple[int, ...]
 
     @classmethod
-    def of(cls, mesh: Any, bandwidth: float, network: float, closes: Any) -> Links:
-        """Those of a device mesh."""
+    def of(
+        cls, mesh: Any, bandwidth: float, network: float, closes: Callable[[Sequence[int]], Sequence[bool]]
+    ) -> Links:
+        """Those of a device mesh.
+
+        Args:
+          closes: which axes of a torus with these sizes are rings.
+        """
         devices = mesh.devices.flatten()
         coordinates = np.array([device.coords for device in devices])
         slices = np.array([getattr(device, "slice_index", None) or 0 for device in devices])
-        return cls(dict(mesh.shape), coordinates, slices, bandwidth, network, closes)
+        sizes = tuple(int(size) for size in np.ptp(coordinates, axis=0) + 1)
+        rings = tuple(size * closed for size, closed in zip(sizes, closes(sizes), strict=True))
+        return cls(dict(mesh.shape), coordinates, slices, bandwidth, network, rings)
 
     def axes(self, group: Sequence[int]) -> str:
         """The mesh axes along which a group of devices lies, such as ``"fsdp"`` or ``"ring+ulysses"``."""
@@ -64,7 +75,7 @@ class Links:
         return "+".join(names) or "one chip"
 
     def seconds(self, kind: str, size: int, groups: Sequence[Sequence[int]]) -> float:
-        """What an exchange of ``size`` bytes per chip takes within each group, all at the same time.
+        """What an exchange of ``size`` bytes per device takes within each group, all at the same time.
 
         ``size`` is that of :class:`vlpjax.planning.schedule.Timeline`: the larger side.
         """
@@ -73,54 +84,66 @@ class Links:
             return self._permute(size, groups)
         if len(set(self.slices[group].tolist())) > 1:
             return self._between_slices(kind, size, group)
+        twice = 2 if kind == "all-reduce" else 1
         extents = self._extents(self.coordinates[group])
-        if not extents:  # cores of one chip
-            return size * len(group) / (6 * self.bandwidth)
-        hops = sum(extent // 2 if self.closes(extent) else extent - 1 for extent, _ in extents)
+        if not extents:  # the devices of one chip
+            return twice * size * (1 - 1 / len(group)) / (DIE_TO_DIE * self.bandwidth)
+        bandwidth = self.bandwidth / self._sharing(group)
+        hops = sum(extent // 2 if ways == 2 else extent - 1 for extent, _, ways in extents)
         latency = HOP_SECONDS * hops
         if kind in ("all-to-all", "ragged-all-to-all"):
-            # Half of what half of the chips have crosses the middle of the longest axis.
+            # Half of what half of the devices have crosses the middle of the longest axis.
+            chips = math.prod(extent for extent, _, _ in extents)
             return latency + max(
-                size * extent / (4 * self.bandwidth * self._ways(extent)) * stride
-                for extent, stride in extents
+                size * len(group) / chips * extent / (4 * bandwidth * ways) * stride
+                for extent, stride, ways in extents
             )
-        rate = sum(self.bandwidth * self._ways(extent) / stride for extent, stride in extents)
+        rate = sum(bandwidth * ways / stride for _, stride, ways in extents)
         once = size * (1 - 1 / len(group)) / rate
-        return (once + latency) * (2 if kind == "all-reduce" else 1)
+        return (once + latency) * twice
 
-    def _ways(self, extent: int) -> int:
-        """Links that a chip receives through along an axis, at its worst place."""
-        return 2 if self.closes(extent) else 1
+    def _extents(self, places: np.ndarray) -> list[tuple[int, int, int]]:
+        """Per torus axis on which a group lies: its length, the distance of neighbours within it, and the links.
 
-    def _extents(self, places: np.ndarray) -> list[tuple[int, int]]:
-        """Per torus axis on which a group lies, its length and the distance of neighbours within the group."""
+        Links are those through which a chip receives, at its worst place: 2 on a ring, otherwise 1.
+        """
         found = []
-        for axis in range(places.shape[1]):
+        for axis, ring in enumerate(self.rings):
             values = sorted(set(places[:, axis].tolist()))
             if len(values) > 1:
                 stride = min(b - a for a, b in itertools.pairwise(values))
-                found.append((len(values), stride))
+                found.append((len(values), stride, 2 if len(values) * stride == ring else 1))
         return found
+
+    def _sharing(self, group: np.ndarray) -> float:
+        """Groups that use the same links at the same time, each with its own device of every chip."""
+        places = np.column_stack([self.slices, self.coordinates])
+        per_chip = len(places) / len(np.unique(places, axis=0))
+        return per_chip * len(np.unique(places[group], axis=0)) / len(group)
 
     def _permute(self, size: int, pairs: Sequence[Sequence[int]]) -> float:
         """All messages travel along the torus at the same time; the longest way decides."""
         if any(self.slices[source] != self.slices[target] for source, target in pairs):
             return size / self.network + HOP_SECONDS
-        bounds = self.coordinates.max(axis=0) + 1
+        rings = np.array(self.rings)
         distance = 0
         for source, target in pairs:
             steps = np.abs(self.coordinates[source] - self.coordinates[target])
-            ring = [self.closes(int(bound)) for bound in bounds]
-            steps = np.where(ring, np.minimum(steps, bounds - steps), steps)
+            steps = np.where(rings > 0, np.minimum(steps, rings - steps), steps)
             distance = max(distance, int(steps.max()))
-        return distance * (size / self.bandwidth + HOP_SECONDS)
+        if not distance:  # to the other device of a chip
+            return size / (DIE_TO_DIE * self.bandwidth)
+        sharing = self._sharing(np.asarray(pairs[0][:1]))
+        return distance * (size * sharing / self.bandwidth + HOP_SECONDS)
 
     def _between_slices(self, kind: str, size: int, group: np.ndarray) -> float:
-        """Slices exchange over the data-centre network what each chip has after its own slice is done."""
+        """Slices exchange over the data-centre network what each device has after its own slice is done."""
         slices = len(set(self.slices[group].tolist()))
         within = group[self.slices[group] == self.slices[group[0]]]
         inner = self.seconds(kind, size, [within.tolist()]) if len(within) > 1 else 0.0
-        share = size / len(within) * (1 - 1 / slices)
+        # What is sent to one device alone cannot be sent by its neighbours in their parts.
+        senders = 1 if kind in ("all-to-all", "ragged-all-to-all") else len(within)
+        share = size / senders * (1 - 1 / slices)
         return inner + share / self.network * (2 if kind == "all-reduce" else 1)
 
 

@@ -44,7 +44,7 @@ class Plan:
       name: of the experiment; ``topology`` as it was asked for.
       chip, chips, devices: kind and number; a chip may show as two devices.
       mesh: axis -> size, those above 1.
-      batch: examples per step of all devices, and ``tokens`` per example (0 where there are none).
+      batch: examples per step of all devices, and ``tokens`` that are predicted per example (0 where none are).
       steps: of the configured run.
       memory: in bytes.
       model_flops: of a step of all devices, useful work only; ``compiled_flops`` what all devices really compute, with
@@ -235,7 +235,8 @@ def bound(found: Plan) -> str:
     line = found.timeline
     if not found.fits:
         return "memory"
-    parts = {"communication": line.exposed, "attention": line.kernel_seconds, "compute": line.compute}
+    compute = line.compute + line.untimed_seconds
+    parts = {"communication": line.exposed, "attention": line.kernel_seconds, "compute": compute}
     return max(parts, key=lambda name: parts[name])
 
 

@@ -6,6 +6,10 @@ that is started and finished in two instructions runs on the second from its sta
 waits for it only where the schedule asks for its result; one that is a single instruction stops both until it is done.
 What the compute units wait is the exposed part of the communication, the rest is hidden.  A loop is its body, times
 how often it runs.  Of the branches of a conditional the longest counts.
+
+Two things count no time: copies that are started and finished in two instructions between a chip's memory and its fast
+memory, and calls on the cores for sparse work.  Both go on beside the compute units, and the compiler starts them as
+early as it takes to hide them by its own estimate, which it does not tell.
 """
 
 from __future__ import annotations
@@ -30,9 +34,15 @@ from vlpjax.planning.products import product_flops
 _FREE = frozenset(
     (
         "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
-        "iota", "opt-barrier", "domain", "add-dependency", "copy-start", "copy-done", "slice-start", "slice-done",
-        "async-update", "async-done",
-        "call-start", "call-done",  # on the cores for sparse work, beside all others
+        "iota", "opt-barrier", "domain", "add-dependency", "copy-start", "slice-start", "slice-done", "async-update",
+        "call-start", "call-done",
+    )
+)  # fmt: skip
+# Custom calls that only mark or reserve something; any other without an estimate is said to have none.
+_MARKS = frozenset(
+    (
+        "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone",
+        "PrepareAsyncCallStart", "PrepareAsyncCallDone",
     )
 )  # fmt: skip
 
@@ -87,8 +97,8 @@ class Timeline:
         returns, what a reduce-scatter takes, what the others take.
       kernels: (name, "") -> count, FLOPs, seconds.
       host: (direction, "") -> count, bytes, seconds of copies between the chip's and the host's memory.
-      untimed: (opcode, "") -> count, bytes and seconds of instructions for which there is no estimate: their result is
-        taken to be read and written once.
+      untimed: (opcode, and target of a custom call, "") -> count, bytes and seconds of instructions for which there is
+        no estimate: their result is taken to be read and written once.
       endless: loops whose number of turns the program does not tell; they count as one turn.
     """
 
@@ -167,12 +177,9 @@ class _Player:
                     line.seconds = links
                 if item.cycles is not None:
                     line.seconds += self._run(line, item, computation)
-            elif item.opcode in ("copy-start", "copy-done") and HOST_MEMORY in item.type:
-                if item.opcode == "copy-start":
-                    host = max(host, line.seconds) + self._copy(line, item)
-                    running[item.name] = host
-                else:
-                    line.seconds = max(line.seconds, running.pop(item.operands[0], 0.0))
+            elif item.opcode == "copy-start" and HOST_MEMORY in item.type:
+                host = max(host, line.seconds) + self._copy(line, item)
+                running[item.name] = host
             elif item.opcode == "copy-done":
                 line.seconds = max(line.seconds, running.pop(item.operands[0], 0.0))
             else:
@@ -213,14 +220,16 @@ class _Player:
 
     def _untimed(self, line: Timeline, item: Instruction, computation: Computation) -> float:
         """Adds an instruction without an estimate to the sums; returns its seconds."""
+        target = item.attribute("custom_call_target") or ""
         small = all(math.prod(shape.sizes) == 1 for shape in item.shapes)
-        if small or item.opcode in _FREE or item.opcode == "custom-call":
+        if small or item.opcode in _FREE or target in _MARKS:
             return 0.0
         size = item.bytes
         if item.opcode == "dynamic-update-slice":  # in place: only the update is written
             size = computation.instructions[item.operands[1]].bytes
         seconds = self.prices.memory(2 * size)
-        line.untimed[item.opcode, ""] = line.untimed.get((item.opcode, ""), Total()) + Total(1, size, seconds)
+        key = f"{item.opcode} {target}".rstrip(), ""
+        line.untimed[key] = line.untimed.get(key, Total()) + Total(1, size, seconds)
         return seconds
 
     def _move(self, line: Timeline, kind: str, item: Instruction, computation: Computation) -> float:

@@ -57,7 +57,7 @@ class TokenFiles(_Rows):
       end: the id that ends a document, for the field ``"segment_ids"``; None leaves that field out.
 
     Raises:
-      UserError: another type, a length below 1, or files that are not there.
+      UserError: another type, a length below 1, or files that are not there or hold no whole numbers.
     """
 
     files: str
@@ -72,8 +72,11 @@ class TokenFiles(_Rows):
 
     def _open(self) -> tuple[tuple[str, ...], np.ndarray]:
         paths = expand_files(self.files, "token")
-        size = np.dtype(self.dtype).itemsize
-        return paths, np.cumsum([0, *(rows_in(os.path.getsize(path) // size, self.length) for path in paths)])
+        item, sizes = np.dtype(self.dtype).itemsize, [os.path.getsize(path) for path in paths]
+        for path, size in zip(paths, sizes, strict=True):
+            if size % item:
+                raise UserError(f"{path} has {size} bytes, which are no whole numbers of type {self.dtype}.")
+        return paths, np.cumsum([0, *(rows_in(size // item, self.length) for size in sizes)])
 
     def __len__(self) -> int:
         return int(self._opened[1][-1])
