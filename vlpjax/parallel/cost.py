@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -177,9 +178,9 @@ def pick_scheme(query: jax.Array, key: jax.Array) -> str:
     if layout is None:
         return UNKNOWN
     sizes = layout.mesh.shape
-    rows = query.shape[0] // max(1, sizes["replica"] * sizes["fsdp"])
+    groups = math.prod(sizes[axis] for axis in layout.rules["batch"])
     problem = Problem(
-        max(rows, 1), query.shape[1], query.shape[2], key.shape[2], query.shape[3],
+        max(query.shape[0] // groups, 1), query.shape[1], query.shape[2], key.shape[2], query.shape[3],
         sizes["ring"], sizes["ulysses"], sizes["tensor"], item=query.dtype.itemsize,
     )  # fmt: skip
     return _picked(problem, layout.mesh.devices.flat[0].device_kind)

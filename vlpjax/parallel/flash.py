@@ -40,14 +40,16 @@ class Flash(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """What is known when a program is traced."""
+    """What is known when a program is traced.
+
+    Attributes:
+      layout: that each device's part is cut from; the backward pass may be traced outside of it.
+    """
 
     form: Flash
     scale: float
     soft_cap: float | None
-    layout: (
-        Layout | None
-    )  # that each device's part is cut from; the backward pass may be traced outside of it
+    layout: Layout | None
 
 
 def flash(
