@@ -7,18 +7,17 @@ them once more, for one chunk at a time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from vlpjax.errors import UserError
-from vlpjax.mesh import active_layout
-from vlpjax.parallel.gathering import gathered
+from vlpjax.mesh import active_layout, devices_along
+from vlpjax.parallel.gathering import copied, gathered
 
 
 class TokenLosses(NamedTuple):
@@ -75,7 +74,7 @@ def vocabulary_loss(
     if weights is not None:
         labels = jnp.where(weights == 0, jnp.clip(labels, 0, kernel.shape[1] - 1), labels)
     devices = _Devices.of(batch, count)
-    copies = devices.copies(gathered(kernel.astype(tokens.dtype), ("embed", "vocabulary")))
+    copies = devices.copies(kernel.astype(tokens.dtype))
 
     @jax.checkpoint
     def losses(part: jax.Array, wanted: jax.Array) -> TokenLosses:
@@ -129,7 +128,6 @@ class _Devices(NamedTuple):
     rows: int = 1
     columns: int = 1
     places: NamedSharding | None = None  # of arrays [M, N, ...]
-    kernels: NamedSharding | None = None  # of copies [M, N, width, vocabulary]
 
     @classmethod
     def of(cls, batch: int, count: int) -> _Devices:
@@ -137,22 +135,17 @@ class _Devices(NamedTuple):
         layout = active_layout()
         if layout is None:
             return cls()
-        rows, columns = (
-            math.prod(layout.mesh.shape[axis] for axis in layout.rules[name])
-            for name in ("batch", "sequence")
-        )
+        rows, columns = (devices_along(layout, name) for name in ("batch", "sequence"))
         if batch % rows or count % columns:
             return cls()
-        own = layout.spec(("batch", "sequence"))
-        kernels = PartitionSpec(*own, None, *layout.spec(("vocabulary",)))
-        return cls(rows, columns, NamedSharding(layout.mesh, own), NamedSharding(layout.mesh, kernels))
+        return cls(rows, columns, layout.sharding("batch", "sequence"))
 
     def copies(self, kernel: jax.Array) -> jax.Array:
         """One kernel per device, [M, N, width, vocabulary], in float32."""
-        copies = jnp.broadcast_to(kernel, (self.rows, self.columns, *kernel.shape))
-        if self.kernels is not None:
-            copies = jax.lax.with_sharding_constraint(copies, self.kernels)
-        return copies.astype(jnp.float32)
+        names = ("embed", "vocabulary")
+        if self.places is None:
+            return gathered(kernel, names)[None, None].astype(jnp.float32)
+        return copied(kernel, names, ("batch", "sequence")).astype(jnp.float32)
 
     def split(self, x: jax.Array) -> jax.Array:
         """[batch, tokens, ...] -> [M, N, batch / M, tokens / N, ...]."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ import jax
 
 from vlpjax.errors import UserError
 from vlpjax.hardware import Chip, chip_of
-from vlpjax.mesh import active_layout
+from vlpjax.mesh import active_layout, devices_along
 from vlpjax.parallel.sequence import SCHEMES, checked_heads
 
 log = logging.getLogger("vlpjax.parallel")
@@ -178,9 +177,9 @@ def pick_scheme(query: jax.Array, key: jax.Array) -> str:
     if layout is None:
         return UNKNOWN
     sizes = layout.mesh.shape
-    groups = math.prod(sizes[axis] for axis in layout.rules["batch"])
+    rows = query.shape[0] // devices_along(layout, "batch")
     problem = Problem(
-        max(query.shape[0] // groups, 1), query.shape[1], query.shape[2], key.shape[2], query.shape[3],
+        max(rows, 1), query.shape[1], query.shape[2], key.shape[2], query.shape[3],
         sizes["ring"], sizes["ulysses"], sizes["tensor"], item=query.dtype.itemsize,
     )  # fmt: skip
     return _picked(problem, layout.mesh.devices.flat[0].device_kind)

@@ -8,7 +8,6 @@ gradients with them: what the way there would have to remember is all columns on
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from vlpjax.mesh import active_layout, constrain
+from vlpjax.mesh import active_layout, constrain, devices_along, used_axes
 from vlpjax.parallel.passing import Ring
 
 Some = Callable[..., jax.Array]
@@ -48,12 +47,12 @@ def against_all(
         all at once, gathered; more than 1 sends them around the devices.
     """
     layout = active_layout()
-    axes = () if layout is None else tuple(a for a in layout.rules["frames"] if layout.mesh.shape[a] > 1)
+    axes = () if layout is None else used_axes(layout, "frames")
     if pieces == 1:
         placed = jax.tree.map(lambda x: constrain(x, "frames", *[None] * (x.ndim - 1)), rows)
         gathered = jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), columns)
         return constrain(some(placed, gathered, *shared), None, "frames")
-    devices = 1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in axes)
+    devices = 1 if layout is None else devices_along(layout, "frames")
     held = jax.tree.leaves(columns)[0].shape[0] // devices  # columns per device
     cuts = next(n for n in range(1, held + 1) if held % n == 0 and (n * devices >= pieces or n == held))
     with_held = _in_cuts(some, join, cuts)

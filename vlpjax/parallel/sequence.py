@@ -36,7 +36,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from vlpjax.errors import UserError
-from vlpjax.mesh import Layout, active_layout, constrain
+from vlpjax.mesh import Layout, active_layout, constrain, devices_along, used_axes
 from vlpjax.parallel.attention import Interval
 from vlpjax.parallel.backends import on_device
 from vlpjax.parallel.flash import NAMES, Flash
@@ -48,7 +48,7 @@ SCHEMES = ("gather", "ring", "ulysses", "ulysses_gather", "ulysses_ring")
 
 def sequence_ranks(layout: Layout | None) -> int:
     """Over how many devices the tokens of a row lie."""
-    return 1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in layout.rules["sequence"])
+    return 1 if layout is None else devices_along(layout, "sequence")
 
 
 def active_order(length: int) -> TokenOrder | None:
@@ -103,13 +103,14 @@ def sequence_attention(
         length or heads that the mesh does not divide.
     """
     interval = Interval(*jnp.broadcast_arrays(*(x.astype(jnp.int32) for x in interval)))
-    plan = _Plan.of(query, key, order, scheme)
+    layout = layout_for(order)
+    plan = _Plan.of(layout, query, key, order, scheme)
     part = plan.length // plan.size(plan.outer)
     sizes = dict(queries=part, keys=part if plan.rotate else plan.length)
     plan = plan._replace(
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         soft_cap=soft_cap,
-        form=form or on_device(query, key, **sizes, rows=rows_on_device(interval, plan.mesh, plan.batch)),
+        form=form or on_device(query, key, **sizes, rows=rows_on_device(interval, layout)),
     )
     mixed: jax.Array = _attend(plan, query, key, value, interval)
     return mixed
@@ -169,9 +170,8 @@ class _Plan(NamedTuple):
     form: Flash | None = None
 
     @classmethod
-    def of(cls, query: jax.Array, key: jax.Array, order: TokenOrder, scheme: str) -> _Plan:
-        """The plan for arrays of these shapes on the active layout, checked."""
-        layout = layout_for(order)
+    def of(cls, layout: Layout, query: jax.Array, key: jax.Array, order: TokenOrder, scheme: str) -> _Plan:
+        """The plan for arrays of these shapes, checked."""
         if scheme not in SCHEMES:
             raise UserError(f"The sequence scheme is {scheme!r}; there are {', '.join(map(repr, SCHEMES))}.")
         order.check(query.shape[1])
@@ -231,15 +231,10 @@ def layout_for(order: TokenOrder) -> Layout:
     return layout
 
 
-def used_axes(layout: Layout, name: str) -> tuple[str, ...]:
-    """The mesh axes of a logical axis that have more than one device."""
-    return tuple(axis for axis in layout.rules[name] if layout.mesh.shape[axis] > 1)
-
-
-def rows_on_device(interval: Interval, mesh: Mesh, batch: tuple[str, ...]) -> int:
-    """How many different intervals a device has of those that are dealt out over the mesh axes ``batch``."""
+def rows_on_device(interval: Interval, layout: Layout) -> int:
+    """How many different intervals a device has."""
     rows = interval.start.shape[0]
-    return rows if rows == 1 else rows // math.prod(mesh.shape[axis] for axis in batch)
+    return rows if rows == 1 else rows // devices_along(layout, "batch")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -6,7 +6,6 @@ the row is, so that a prompt is written without moving anything, and a cache of 
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from vlpjax.errors import UserError
+from vlpjax.mesh import devices_along, used_axes
 from vlpjax.parallel.attention import Interval
 from vlpjax.parallel.backends import on_device
 from vlpjax.parallel.flash import Flash
@@ -25,7 +25,6 @@ from vlpjax.parallel.sequence import (
     rows_on_device,
     sequence_attention,
     shared_head,
-    used_axes,
 )
 
 Slots = Float[Array, "batch slots kv_heads head_dim"]
@@ -110,12 +109,12 @@ def decode_attention(
     slots = key.shape[1]
     order.check(slots)
     batch, ranks, tensor = (used_axes(layout, name) for name in ("batch", "sequence", "heads"))
-    over, _ = checked_heads(query.shape[2], key.shape[2], math.prod(layout.mesh.shape[a] for a in tensor), 1)
+    over, _ = checked_heads(query.shape[2], key.shape[2], devices_along(layout, "heads"), 1)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     interval = Interval(*jnp.broadcast_arrays(*interval))
     if form is None:
         sizes = dict(queries=query.shape[1], keys=slots // order.ranks)
-        form = on_device(query, key, **sizes, rows=rows_on_device(interval, layout.mesh, batch))
+        form = on_device(query, key, **sizes, rows=rows_on_device(interval, layout))
     run = form.forward
     rows = PartitionSpec(batch if interval.start.shape[0] > 1 else None)
     heads = PartitionSpec(batch, None, tensor, None)
