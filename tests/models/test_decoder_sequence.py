@@ -103,6 +103,7 @@ def on_mesh(layout: Layout, order: TokenOrder, **fields: str) -> Any:
     return step(nn.meta.unbox(parameters()), batch())
 
 
+@pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.parametrize(
     ("sizes", "kind", "scheme", "remat"), MESHES, ids=["-".join([*sizes, *rest]) for sizes, *rest in MESHES]
 )

@@ -15,8 +15,8 @@ import pytest
 
 from tests.tiny import layout_of, most_optimizations_off
 from vlpjax.errors import UserError
-from vlpjax.mesh import active_platform
-from vlpjax.parallel import attention
+from vlpjax.mesh import Layout, active_platform
+from vlpjax.parallel import attention, chunked, tpu_flash
 from vlpjax.parallel.attention import causal, intersect, segments
 from vlpjax.parallel.backends import (
     Backend,
@@ -29,6 +29,7 @@ from vlpjax.parallel.backends import (
     TpuFlash,
     attend,
     choose,
+    on_device,
 )
 from vlpjax.parallel.flash import NAMES
 from vlpjax.parallel.tpu_tiles import Tiles
@@ -194,14 +195,35 @@ def test_a_mesh_gives_what_one_device_gives(sizes: dict[str, int], groups: int) 
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
-def test_the_platform_is_that_of_the_mesh() -> None:
-    class Chip:
-        platform = "tpu"
+def absent_tpu() -> Layout:
+    """Stands for a mesh of a machine that is not there."""
+    chip = type("Chip", (), dict(platform="tpu"))()
+    mesh = type("Mesh", (), dict(devices=np.array([chip]), size=1))
+    return dataclasses.replace(layout_of(), mesh=mesh)
 
-    layout = dataclasses.replace(layout_of(), mesh=type("Mesh", (), dict(devices=np.array([Chip()]), size=1)))
+
+def test_the_platform_is_that_of_the_mesh() -> None:
     assert active_platform() == "cpu"
-    with layout.activate():
+    with absent_tpu().activate():
         assert active_platform() == "tpu"
+
+
+def test_between_collectives_a_device_runs_the_form_of_the_meshs_platform(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def chosen(dtype: Any = jnp.bfloat16, rows: int = 1) -> Any:
+        query, key = (jax.ShapeDtypeStruct((8, 65536, heads, 128), dtype) for heads in (8, 2))
+        return on_device(query, key, queries=8192, keys=65536, rows=rows).forward.func
+
+    assert chosen() is chunked.forward
+    with absent_tpu().activate(), caplog.at_level(logging.INFO, "vlpjax"):
+        assert chosen() is tpu_flash.forward
+        assert chosen(jnp.float16) is chunked.forward
+        assert chosen(rows=1024) is chunked.forward
+    reasons = [record.getMessage() for record in caplog.records]
+    assert "8192 x 65536 tokens" in reasons[0]
+    assert "not tpu_flash: it takes bfloat16 or float32, and these are float16" in reasons[1]
+    assert "not tpu_flash: its tables take 786432 bytes" in reasons[2]
 
 
 def test_rematerialisation_that_saves_the_names_runs_attention_once() -> None:
