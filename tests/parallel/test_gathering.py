@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tests.tiny import layout_of
-from vlpjax.mesh import _shortest_side_last, active_layout, devices_along
-from vlpjax.parallel.gathering import _ring, _rings, copied, gathered, stages
+from vlpjax.mesh import _shortest_side_last
+from vlpjax.parallel.gathering import _ring, gathered, rings, stages
 
 
 class Chip:
@@ -55,9 +55,9 @@ def test_a_stage_ends_where_the_ring_does(
 ) -> None:
     # Meshes are of real devices only, which have no torus here.
     monkeypatch.setattr("vlpjax.parallel.gathering._ring", lambda line: 2)
-    _rings.cache_clear()
-    mesh, found = _rings(layout_of(8, **sizes).mesh, tuple(sizes))
-    _rings.cache_clear()
+    rings.cache_clear()
+    mesh, found = rings(layout_of(8, **sizes).mesh, tuple(sizes))
+    rings.cache_clear()
     assert found == groups
     assert set(names) <= set(mesh.axis_names)
     assert mesh.devices.ravel().tolist() == jax.devices()[:8]
@@ -65,7 +65,7 @@ def test_a_stage_ends_where_the_ring_does(
 
 def staged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlpjax.parallel.gathering._ring", lambda line: 2 if len(line) == 8 else None)
-    _rings.cache_clear()
+    rings.cache_clear()
 
 
 @pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed")], ids=str)
@@ -94,51 +94,9 @@ def test_value_and_gradient_are_those_of_the_plain_product(
             out_shardings=(layout.replicated, lies),
         )
         found = step(kernel, tokens)
-    _rings.cache_clear()
+    rings.cache_clear()
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("two", [False, True])
-@pytest.mark.parametrize(
-    "sizes", [{"fsdp": 8}, {"fsdp": 2, "ring": 4}, {"replica": 2, "fsdp": 2, "tensor": 2}], ids=str
-)
-def test_gradients_of_copies_are_summed_up_into_pieces_and_nowhere_whole(
-    monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], two: bool
-) -> None:
-    if two:
-        staged(monkeypatch)
-    layout, names = layout_of(8, **sizes), ("embed", "vocabulary")
-    random = np.random.default_rng(0)
-    rows, columns = (devices_along(layout, name) for name in ("batch", "sequence"))
-    tokens = random.normal(size=(rows, columns, 4, 8)).astype(np.float32)
-    kernel = random.normal(size=(8, 16)).astype(np.float32)
-
-    def loss(kernel: jax.Array, tokens: jax.Array) -> jax.Array:
-        copies = copied(kernel, names, ("batch", "sequence"))
-        assert copies.shape == (rows, columns, 8, 16) or not active_layout()
-        return jnp.sum(jnp.square(tokens @ copies))
-
-    expected = jax.value_and_grad(loss)(kernel, tokens)
-    lies = layout.sharding(*names)
-    with layout.activate():
-        step = jax.jit(
-            jax.value_and_grad(loss),
-            in_shardings=(lies, layout.sharding("batch", "sequence")),
-            out_shardings=(layout.replicated, lies),
-        )
-        text, found = step.lower(kernel, tokens).compile().as_text(), step(kernel, tokens)
-    taken = len(stages(layout, names)) - 1
-    _rings.cache_clear()
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
-    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-5)
-    summed = re.findall(r"= f32\[(\d*),?(\d*)\]\S* all-reduce", text)
-    assert all(int(first or 1) < 8 for first, _ in summed), summed  # a piece at most, and the loss
-    assert len(re.findall(r" reduce-scatter(?:-start)?\(", text)) == taken
-
-
-def test_copies_without_a_layout_are_the_kernel() -> None:
-    assert copied(jnp.ones((3, 5)), ("embed", "vocabulary"), ("batch", "sequence")).shape == (1, 1, 3, 5)
 
 
 def test_kernels_are_gathered_in_the_type_that_they_are_used_in() -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,44 +39,21 @@ def gathered(kernel: jax.Array, names: Sequence[str | None]) -> jax.Array:
     """
     layout = active_layout()
     place = names.index("embed") if "embed" in names else None
-    if layout is not None and place is not None and _in_pieces(kernel.shape[place], layout):
+    if layout is not None and place is not None and in_pieces(kernel.shape[place], layout):
         # Pieces stand on the first axis: what is scattered along the axis that lies dense in memory is summed up whole.
         first = ("embed", *names[:place], *names[place + 1 :])
-        kernel = jnp.moveaxis(_gather(jnp.moveaxis(kernel, place, 0), stages(layout, first)), 0, place)
+        kernel = jnp.moveaxis(gather(jnp.moveaxis(kernel, place, 0), stages(layout, first)), 0, place)
     return checkpoint_name(kernel, "kernel")
 
 
-def copied(kernel: jax.Array, names: Sequence[str | None], over: Sequence[str]) -> jax.Array:
-    """A whole copy of the kernel for every device, whose gradients are summed up over the devices once, into pieces.
-
-    For what a device uses many times before the sum is taken, such as a kernel that goes through chunks of tokens.
-
-    Args:
-      kernel: cast to the type that it is used in; its first axis is ``"embed"``.
-      names: of its logical axes.
-      over: logical axes that the devices are counted along, one by one: ``("batch", "sequence")``.
-
-    Returns:
-      [devices along each of ``over``, ..., *kernel.shape]; one each outside of a layout.
-    """
-    layout = active_layout()
-    if layout is None:
-        return kernel[(None,) * len(over)]
-    at = _Copies.of(layout, names, over)
-    if not _in_pieces(kernel.shape[0], layout) or not set(at.scattered) <= set(at.summed):
-        copies = jnp.broadcast_to(gathered(kernel, names), (*at.counts, *kernel.shape))
-        return jax.lax.with_sharding_constraint(copies, at.place)
-    return _copy(kernel, at)
-
-
-def _in_pieces(size: int, layout: Layout) -> bool:
+def in_pieces(size: int, layout: Layout) -> bool:
     """Whether a kernel of this size lies in pieces; one that cannot be divided is whole already."""
     return size % devices_along(layout, "embed") == 0
 
 
 def stages(layout: Layout, names: Sequence[str | None]) -> tuple[NamedSharding, ...]:
     """Where an array with these logical axes lies before, between and after the stages of its gathering."""
-    mesh, pieces = _rings(layout.mesh, used_axes(layout, "embed"))
+    mesh, pieces = rings(layout.mesh, used_axes(layout, "embed"))
     kept = [
         tuple(piece for group in pieces[:count] for piece in group) for count in range(len(pieces), -1, -1)
     ]
@@ -92,7 +68,7 @@ def stages(layout: Layout, names: Sequence[str | None]) -> tuple[NamedSharding, 
 
 
 @functools.lru_cache
-def _rings(mesh: Mesh, axes: tuple[str, ...]) -> tuple[Mesh, tuple[tuple[str, ...], ...]]:
+def rings(mesh: Mesh, axes: tuple[str, ...]) -> tuple[Mesh, tuple[tuple[str, ...], ...]]:
     """The mesh with an axis cut in two where a stage ends, and the axes that each stage gathers, the last one first."""
     others = [index for index, name in enumerate(mesh.axis_names) if name not in axes]
     lines = np.transpose(mesh.devices, [mesh.axis_names.index(axis) for axis in axes] + others)
@@ -132,91 +108,16 @@ def _ring(line: np.ndarray) -> int | None:
     return int(np.argmax(away))
 
 
-class _Copies(NamedTuple):
-    """Where copies of a kernel lie, and the way back of their gradients.
-
-    Attributes:
-      stages: of the kernel, see :func:`stages`.
-      pieces: the axes that each stage gathers, the last one first.
-      held: the axes that copies are counted along; gradients are summed over them.
-      place: of the copies.
-    """
-
-    stages: tuple[NamedSharding, ...]
-    pieces: tuple[tuple[str, ...], ...]
-    held: tuple[tuple[str, ...], ...]
-    place: NamedSharding
-
-    @classmethod
-    def of(cls, layout: Layout, names: Sequence[str | None], over: Sequence[str]) -> _Copies:
-        mesh, pieces = _rings(layout.mesh, used_axes(layout, "embed"))
-        held = tuple(
-            tuple(part for axis in used_axes(layout, name) for part in _parts(mesh, axis)) for name in over
-        )
-        place = PartitionSpec(*(axes or None for axes in held), None, *layout.spec(names[1:]))
-        return cls(stages(layout, names), tuple(filter(None, pieces)), held, NamedSharding(mesh, place))
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Devices along each axis of copies."""
-        return tuple(math.prod(self.place.mesh.shape[axis] for axis in axes) for axes in self.held)
-
-    @property
-    def summed(self) -> tuple[str, ...]:
-        """The axes that gradients are summed over."""
-        return tuple(axis for axes in self.held for axis in axes)
-
-    @property
-    def scattered(self) -> tuple[str, ...]:
-        """The axes that the sum is scattered over."""
-        return tuple(axis for axes in self.pieces for axis in axes)
-
-
-def _parts(mesh: Mesh, axis: str) -> tuple[str, ...]:
-    """The axes of :func:`_rings`' mesh that an axis has become."""
-    return (axis,) if axis in mesh.axis_names else (f"{axis}_outer", f"{axis}_ring")
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _copy(kernel: jax.Array, at: _Copies) -> jax.Array:
-    copies = jnp.broadcast_to(_gather(kernel, at.stages), (*at.counts, *kernel.shape))
-    return jax.lax.with_sharding_constraint(copies, at.place)
-
-
-def _copy_forward(kernel: jax.Array, at: _Copies) -> tuple[jax.Array, None]:
-    return _copy(kernel, at), None
-
-
-def _copy_backward(at: _Copies, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    others = tuple(axis for axis in at.summed if axis not in at.scattered)
-
-    def to_pieces(own: jax.Array) -> jax.Array:
-        own = own.reshape(own.shape[len(at.counts) :])
-        # Written out, because the compiler takes the sum over all devices first, and cuts it afterwards: where the
-        # pieces of a stage are fewer than the devices, it does not see that most of the sum is not wanted.
-        for axes in at.pieces:
-            own = jax.lax.psum_scatter(own, axes, tiled=True)
-        return jax.lax.psum(own, others) if others else own
-
-    mapped = jax.shard_map(
-        to_pieces, mesh=at.place.mesh, in_specs=at.place.spec, out_specs=at.stages[0].spec, check_vma=False
-    )
-    summed: jax.Array = mapped(gradient)
-    return (summed,)
-
-
-_copy.defvjp(_copy_forward, _copy_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(kernel: jax.Array, places: tuple[NamedSharding, ...]) -> jax.Array:
+def gather(kernel: jax.Array, places: tuple[NamedSharding, ...]) -> jax.Array:
+    """An array that lies at the first of :func:`stages`, at the last of them; its gradient goes the way back."""
     for place in places:
         kernel = jax.lax.with_sharding_constraint(kernel, place)
     return kernel
 
 
 def _gather_forward(kernel: jax.Array, places: tuple[NamedSharding, ...]) -> tuple[jax.Array, None]:
-    return _gather(kernel, places), None
+    return gather(kernel, places), None
 
 
 def _gather_backward(places: tuple[NamedSharding, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
@@ -225,4 +126,4 @@ def _gather_backward(places: tuple[NamedSharding, ...], _: None, gradient: jax.A
     return (gradient,)
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+gather.defvjp(_gather_forward, _gather_backward)
