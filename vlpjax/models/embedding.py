@@ -10,16 +10,18 @@ from vlpjax.parallel.copies import look_up
 
 
 class Embedding(nn.Embed):
-    """``nn.Embed`` whose table, ``"vocabulary"`` x ``"embed"``, is gathered before the look-up, in the compute type.
+    """``nn.Embed`` whose table is gathered before the look-up, in the compute type.
 
     A table lies on the mesh by its features, what is looked up by its examples.  From one to the other XLA often finds
     no way but to hold all of what was looked up on every device; see :mod:`vlpjax.parallel.copies`.
 
     Attributes:
       over: logical axes of the first dimensions of what is looked up.
+      rows: logical axis of the table's rows; that of its features is ``"embed"``.
     """
 
     over: tuple[str, ...] = ("frames",)
+    rows: str | None = "vocabulary"
 
     def __call__(self, inputs: Int[Array, "*shape"]) -> Float[Array, "*shape features"]:
-        return look_up(jnp.asarray(self.embedding, self.dtype), inputs, *self.over)
+        return look_up(jnp.asarray(self.embedding, self.dtype), inputs, *self.over, rows=self.rows)

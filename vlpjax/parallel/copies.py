@@ -83,17 +83,21 @@ class Devices(NamedTuple):
 
 
 def look_up(
-    table: Float[Array, "vocabulary width"], ids: Int[Array, "*shape"], *over: str
+    table: Float[Array, "rows width"],
+    ids: Int[Array, "*shape"],
+    *over: str,
+    rows: str | None = "vocabulary",
 ) -> Float[Array, "*shape width"]:
-    """The rows of a table, whose logical axes are ``"vocabulary"`` and ``"embed"``, with these numbers.
+    """The rows of a table with these numbers.
 
     Args:
       table: cast to the type that its rows are used in.
       ids: below the number of rows.
       over: logical axes of the first dimensions of ``ids``.
+      rows: logical axis of the table's rows; that of its features is ``"embed"``.
     """
     devices = Devices.of(ids.shape, *over)
-    copies = jnp.swapaxes(devices.copies(table.T, ("embed", "vocabulary")), -1, -2)
+    copies = jnp.swapaxes(devices.copies(table.T, ("embed", rows)), -1, -2)
     take = functools.partial(jnp.take, axis=0)
     for _ in over:
         take = jax.vmap(take)
