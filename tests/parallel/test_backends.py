@@ -16,10 +16,11 @@ import pytest
 from tests.tiny import layout_of, most_optimizations_off
 from vlpjax.errors import UserError
 from vlpjax.mesh import Layout, active_platform
-from vlpjax.parallel import attention, chunked, tpu_flash
+from vlpjax.parallel import attention, backends, chunked, tpu_flash
 from vlpjax.parallel.attention import causal, intersect, segments
 from vlpjax.parallel.backends import (
     Backend,
+    Choice,
     Chunked,
     Cudnn,
     Dense,
@@ -193,6 +194,16 @@ def test_a_mesh_gives_what_one_device_gives(sizes: dict[str, int], groups: int) 
         got = gradients(run, *inputs)
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_tables_are_counted_per_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Request] = []
+    monkeypatch.setattr(backends, "choose", lambda request, _: asked.append(request) or Choice(Dense(), {}))
+    query, key, value, _ = arrays(batch=8, width=16)
+    for interval in (causal(LENGTH), segments(jnp.ones((8, LENGTH), jnp.int32))):
+        with layout_of(8, fsdp=4, tensor=2).activate():
+            jax.eval_shape(lambda *qkv, seen=interval: attend(*qkv, seen).mixed, query, key, value)
+    assert [request.rows for request in asked] == [1, 2]
 
 
 def absent_tpu() -> Layout:
