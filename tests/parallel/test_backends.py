@@ -230,11 +230,11 @@ def test_between_collectives_a_device_runs_the_form_of_the_meshs_platform(
     with absent_tpu().activate(), caplog.at_level(logging.INFO, "vlpjax"):
         assert chosen() is tpu_flash.forward
         assert chosen(jnp.float16) is chunked.forward
-        assert chosen(rows=1024) is chunked.forward
+        assert chosen(rows=1025) is chunked.forward
     reasons = [record.getMessage() for record in caplog.records]
     assert "8192 x 65536 tokens" in reasons[0]
     assert "not tpu_flash: it takes bfloat16 or float32, and these are float16" in reasons[1]
-    assert "not tpu_flash: its tables take 786432 bytes" in reasons[2]
+    assert "not tpu_flash: its tables take 787200 bytes" in reasons[2]
 
 
 def test_rematerialisation_that_saves_the_names_runs_attention_once() -> None:
