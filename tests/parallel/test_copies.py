@@ -96,6 +96,42 @@ def test_gradients_of_copies_are_summed_up_into_pieces_and_nowhere_whole(
         assert not re.search(whole, text)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "count", "exchanged"),
+    [
+        ({"fsdp": 8}, 8, True),
+        ({"fsdp": 4, "expert": 2}, 8, True),
+        ({"fsdp": 8}, 264, False),  # more rows per device than the table has
+        ({"fsdp": 4, "ring": 2}, 8, False),  # the compiler finds no exchange
+        ({"replica": 2, "fsdp": 4}, 8, False),
+    ],
+    ids=str,
+)
+def test_rows_are_exchanged_where_that_is_less_than_the_table(
+    sizes: dict[str, int], count: int, exchanged: bool
+) -> None:
+    layout = make_layout(sizes)
+    table = RANDOM.normal(size=(256, 256)).astype(np.float32)
+    ids = RANDOM.integers(0, 256, (8, count)).astype(np.int32)
+
+    def total(table: jax.Array, ids: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(constrain(look_up(table, ids, *OVER), *OVER, None)))
+
+    expected = jax.value_and_grad(lambda table: jnp.sum(jnp.sin(table[ids])))(table)
+    places = (layout.sharding("vocabulary", "embed"), layout.sharding("batch"))
+    with layout.activate(), most_optimizations_off():
+        step = jax.jit(
+            jax.value_and_grad(total), in_shardings=places, out_shardings=(layout.replicated, places[0])
+        ).lower(table, ids)
+        run = step.compile()
+    found = run(*jax.device_put((table, ids), places))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-4)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-4)
+    text = run.as_text()
+    assert ("all-to-all" in text) == exchanged
+    assert bool(re.search(r"= f32\[256,256\]\S* all-gather", text)) != exchanged
+
+
 def test_what_devices_do_not_divide_is_not_dealt_out() -> None:
     expected = KERNEL.T[IDS[:, :7]]
     with make_layout({"fsdp": 2, "ring": 4}).activate():

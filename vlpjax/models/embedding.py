@@ -10,10 +10,10 @@ from vlpjax.parallel.copies import look_up
 
 
 class Embedding(nn.Embed):
-    """``nn.Embed`` whose table is gathered before the look-up, in the compute type.
+    """``nn.Embed`` on a mesh, in the compute type.
 
-    A table lies on the mesh by its features, what is looked up by its examples.  From one to the other XLA often finds
-    no way but to hold all of what was looked up on every device; see :mod:`vlpjax.parallel.copies`.
+    A table lies there by its features, what is looked up by its examples.  From one to the other XLA often finds no way
+    but to hold all of what was looked up on every device; see :func:`vlpjax.parallel.copies.look_up`.
 
     Attributes:
       over: logical axes of the first dimensions of what is looked up.

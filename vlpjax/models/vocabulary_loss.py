@@ -83,7 +83,9 @@ def vocabulary_loss(
         if soft_cap is not None:
             logits = soft_cap * jnp.tanh(logits / soft_cap)
         log_partition = jax.nn.logsumexp(logits, axis=-1)
-        label = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
+        # Not looked up: the gradient of that is scattered into another array of the logits' size.
+        here = jnp.arange(logits.shape[-1], dtype=jnp.int32) == wanted[..., None]
+        label = jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
         correct = (jnp.argmax(logits, axis=-1) == wanted).astype(jnp.float32)
         return TokenLosses(log_partition - label, log_partition, correct)
 

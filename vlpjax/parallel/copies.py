@@ -23,6 +23,9 @@ from vlpjax.mesh import Layout, active_layout, devices_along, used_axes
 from vlpjax.parallel.gathering import gather, gathered, in_pieces, rings, stages
 
 
+NARROW = 32  # features of a piece of a row, below which a look-up fetches next to nothing
+
+
 class Devices(NamedTuple):
     """The devices that tokens are dealt out over.
 
@@ -96,12 +99,26 @@ def look_up(
       over: logical axes of the first dimensions of ``ids``.
       rows: logical axis of the table's rows; that of its features is ``"embed"``.
     """
+    layout = active_layout()
+    if layout is None or _exchanged(layout, table.shape, ids.size, over):
+        return jnp.take(table, ids, axis=0)
     devices = Devices.of(ids.shape, *over)
     copies = jnp.swapaxes(devices.copies(table.T, ("embed", rows)), -1, -2)
     take = functools.partial(jnp.take, axis=0)
     for _ in over:
         take = jax.vmap(take)
     return devices.join(take(copies, devices.split(ids)))
+
+
+def _exchanged(layout: Layout, table: tuple[int, ...], count: int, over: Sequence[str]) -> bool:
+    """Whether devices look up their pieces of all rows, and exchange them, because that is less than the table.
+
+    The compiler does so by itself where one axis of ids is dealt out just as features are, and nowhere else.
+    """
+    held = [axes for axes in (used_axes(layout, name) for name in over) if axes]
+    parts = devices_along(layout, "embed")
+    rows, width = table
+    return held == [used_axes(layout, "embed")] and count <= rows * parts and width >= NARROW * parts
 
 
 class _Copies(NamedTuple):
@@ -164,9 +181,11 @@ def _copy_backward(at: _Copies, _: None, gradient: jax.Array) -> tuple[jax.Array
 
     def to_pieces(own: jax.Array) -> jax.Array:
         own = own.reshape(own.shape[len(at.counts) :])
-        # Written out: from a sum over all devices that is cut in stages the compiler makes no sum in stages.
+        # Written out: from a sum over all devices that is cut in stages the compiler makes no sum in stages.  Pieces
+        # are an axis of their own, as nothing is scattered along the axis that lies dense in memory.
         for axes in at.pieces:
-            own = jax.lax.psum_scatter(own, axes, tiled=True)
+            count = math.prod(at.place.mesh.shape[axis] for axis in axes)
+            own = jax.lax.psum_scatter(own.reshape(count, -1, *own.shape[1:]), axes)
         return jax.lax.psum(own, others) if others else own
 
     mapped = jax.shard_map(

@@ -319,8 +319,8 @@ def _ring_forward(
     """Keys and values pass by; what each part adds is weighted by its share of the softmax's sum."""
 
     def add(carry: Any, step: jax.Array | int, keys: Any) -> Any:
-        mixed, lse = forward(query, *keys, _seen_of(plan, interval, step))
-        return merge(*carry, mixed.astype(jnp.float32), lse)
+        (sums, sums_lse), (mixed, lse) = carry, forward(query, *keys, _seen_of(plan, interval, step))
+        return merge(sums, sums_lse, mixed.astype(jnp.float32), lse)
 
     nothing = jnp.zeros(query.shape, jnp.float32), jnp.full(_heads_first(query.shape), -jnp.inf, jnp.float32)
     mixed, lse = plan.ring.meet(add, nothing, (key, value))
