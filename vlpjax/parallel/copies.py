@@ -22,7 +22,6 @@ from jaxtyping import Array, Float, Int
 from vlpjax.mesh import Layout, active_layout, devices_along, used_axes
 from vlpjax.parallel.gathering import gather, gathered, in_pieces, rings, stages
 
-
 NARROW = 32  # features of a piece of a row, below which a look-up fetches next to nothing
 
 
