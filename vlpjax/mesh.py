@@ -95,7 +95,7 @@ class Layout:
                 raise UserError(
                     f"{what} names the logical axis {name!r}; the sharding rules know {sorted(self.rules)}."
                 )
-            axes = tuple(axis for axis in self.rules[name] if self.mesh.shape[axis] > 1) if name else ()
+            axes = used_axes(self, name) if name else ()
             for axis in axes:
                 if axis in taken:
                     raise UserError(
@@ -137,8 +137,7 @@ class Layout:
         return map_with_names(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
     def _largest_dimension(self, shape: Sequence[int]) -> PartitionSpec:
-        axes = tuple(axis for axis in self.rules["embed"] if self.mesh.shape[axis] > 1)
-        parts = math.prod(self.mesh.shape[axis] for axis in axes)
+        axes, parts = used_axes(self, "embed"), devices_along(self, "embed")
         fitting = [(size, -index) for index, size in enumerate(shape) if len(shape) > 1 and size % parts == 0]
         if parts == 1 or not fitting:
             return PartitionSpec()
@@ -153,6 +152,16 @@ class Layout:
             yield
         finally:
             _ACTIVE.reset(token)
+
+
+def used_axes(layout: Layout, name: str) -> tuple[str, ...]:
+    """The mesh axes of a logical axis that have more than one device."""
+    return tuple(axis for axis in layout.rules[name] if layout.mesh.shape[axis] > 1)
+
+
+def devices_along(layout: Layout, name: str) -> int:
+    """How many devices share a logical axis."""
+    return math.prod(layout.mesh.shape[axis] for axis in layout.rules[name])
 
 
 _ACTIVE: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
@@ -197,8 +206,7 @@ def constrain_blocks(array: jax.Array, *, gathered: bool = False) -> jax.Array:
     layout = active_layout()
     if layout is None:
         return array
-    sizes = [layout.mesh.shape[axis] for axis in layout.rules["frames"]]
-    devices, blocks = math.prod(sizes), array.shape[0]
+    devices, blocks = devices_along(layout, "frames"), array.shape[0]
     if devices % blocks and blocks % devices:
         raise UserError(
             f"{blocks} blocks of examples do not lie evenly on {devices} devices; one number must divide the other."

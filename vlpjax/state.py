@@ -10,7 +10,7 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlpjax.errors import UserError
-from vlpjax.mesh import Layout
+from vlpjax.mesh import Layout, devices_along, used_axes
 from vlpjax.rules import map_with_names, tree_names
 
 # Of the parameters' bytes, the share that every device may hold a copy of; and what is too little to matter.
@@ -93,7 +93,7 @@ def check_replicated(params: Any, shardings: Any, layout: Layout) -> None:
     Raises:
       UserError: copies of more than :data:`MOST_REPLICATED` of the bytes, where there are axes to shard them over.
     """
-    axes = [axis for axis in layout.rules["embed"] if layout.mesh.shape[axis] > 1]
+    axes = used_axes(layout, "embed")
     share = replicated_share(params, shardings)
     sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)]
     if not axes or share <= MOST_REPLICATED or share * sum(sizes) <= LITTLE:
@@ -104,5 +104,5 @@ def check_replicated(params: Any, shardings: Any, layout: Layout) -> None:
     raise UserError(
         f"Every device would hold a copy of {share:.1%} of the parameters' bytes, first of all of {name} of shape "
         f"{'x'.join(map(str, leaf.shape))} ({size / 1e6:,.0f} MB); name its axes (nn.with_logical_partitioning), or "
-        f"give it a dimension that {'x'.join(axes)}={math.prod(layout.mesh.shape[axis] for axis in axes)} divides."
+        f"give it a dimension that {'x'.join(axes)}={devices_along(layout, 'embed')} divides."
     )

@@ -99,6 +99,19 @@ def test_bfloat16_tokens_are_summed_in_float32() -> None:
     np.testing.assert_allclose(each.nats, exact, atol=0.06)
 
 
+def test_gradients_of_the_kernel_are_summed_over_chunks_in_float32() -> None:
+    """A thousand equal parts: in bfloat16 a sum stands still where it is 256 times as large as what is added."""
+    count = 1024
+    tokens = jnp.ones((1, count, 2), jnp.bfloat16)
+    labels = jnp.zeros((1, count), jnp.int32)
+
+    def total(kernel: jax.Array) -> jax.Array:
+        return count * vocabulary_loss(tokens, kernel, labels, chunk=1)[0]
+
+    found = jax.jit(jax.grad(total))(jnp.zeros((2, 4), jnp.float32))
+    np.testing.assert_allclose(found, count * np.tile([-0.75, 0.25, 0.25, 0.25], (2, 1)), rtol=0.01)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_it_is_the_loss_of_a_decoders_logits(tied: bool) -> None:
     decoder = Decoder(V, 8, 1, 2, tied=tied, final_soft_cap=3.0)

@@ -15,11 +15,12 @@ import pytest
 
 from tests.tiny import layout_of, most_optimizations_off
 from vlpjax.errors import UserError
-from vlpjax.mesh import active_platform
-from vlpjax.parallel import attention
+from vlpjax.mesh import Layout, active_platform
+from vlpjax.parallel import attention, backends, chunked, tpu_flash
 from vlpjax.parallel.attention import causal, intersect, segments
 from vlpjax.parallel.backends import (
     Backend,
+    Choice,
     Chunked,
     Cudnn,
     Dense,
@@ -29,6 +30,7 @@ from vlpjax.parallel.backends import (
     TpuFlash,
     attend,
     choose,
+    on_device,
 )
 from vlpjax.parallel.flash import NAMES
 from vlpjax.parallel.tpu_tiles import Tiles
@@ -194,14 +196,45 @@ def test_a_mesh_gives_what_one_device_gives(sizes: dict[str, int], groups: int) 
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
-def test_the_platform_is_that_of_the_mesh() -> None:
-    class Chip:
-        platform = "tpu"
+def test_tables_are_counted_per_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Request] = []
+    monkeypatch.setattr(backends, "choose", lambda request, _: asked.append(request) or Choice(Dense(), {}))
+    query, key, value, _ = arrays(batch=8, width=16)
+    for interval in (causal(LENGTH), segments(jnp.ones((8, LENGTH), jnp.int32))):
+        with layout_of(8, fsdp=4, tensor=2).activate():
+            jax.eval_shape(lambda *qkv, seen=interval: attend(*qkv, seen).mixed, query, key, value)
+    assert [request.rows for request in asked] == [1, 2]
 
-    layout = dataclasses.replace(layout_of(), mesh=type("Mesh", (), dict(devices=np.array([Chip()]), size=1)))
+
+def absent_tpu() -> Layout:
+    """Stands for a mesh of a machine that is not there."""
+    chip = type("Chip", (), dict(platform="tpu"))()
+    mesh = type("Mesh", (), dict(devices=np.array([chip]), size=1))
+    return dataclasses.replace(layout_of(), mesh=mesh)
+
+
+def test_the_platform_is_that_of_the_mesh() -> None:
     assert active_platform() == "cpu"
-    with layout.activate():
+    with absent_tpu().activate():
         assert active_platform() == "tpu"
+
+
+def test_between_collectives_a_device_runs_the_form_of_the_meshs_platform(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def chosen(dtype: Any = jnp.bfloat16, rows: int = 1) -> Any:
+        query, key = (jax.ShapeDtypeStruct((8, 65536, heads, 128), dtype) for heads in (8, 2))
+        return on_device(query, key, queries=8192, keys=65536, rows=rows).forward.func
+
+    assert chosen() is chunked.forward
+    with absent_tpu().activate(), caplog.at_level(logging.INFO, "vlpjax"):
+        assert chosen() is tpu_flash.forward
+        assert chosen(jnp.float16) is chunked.forward
+        assert chosen(rows=1025) is chunked.forward
+    reasons = [record.getMessage() for record in caplog.records]
+    assert "8192 x 65536 tokens" in reasons[0]
+    assert "not tpu_flash: it takes bfloat16 or float32, and these are float16" in reasons[1]
+    assert "not tpu_flash: its tables take 787200 bytes" in reasons[2]
 
 
 def test_rematerialisation_that_saves_the_names_runs_attention_once() -> None:

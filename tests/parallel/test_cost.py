@@ -11,6 +11,7 @@ import pytest
 from vlpjax.errors import UserError
 from vlpjax.hardware import CHIPS
 from vlpjax.mesh import make_layout
+from vlpjax.parallel import cost
 from vlpjax.parallel.cost import BACKWARD, Problem, choose, estimate, estimates, pick_scheme, table
 from vlpjax.parallel.sequence import SCHEMES
 
@@ -104,6 +105,15 @@ def test_heads_that_fit_no_scheme_and_unknown_schemes_are_refused() -> None:
         choose(Problem(1, 64, 6, 2, 8, ring=2, tensor=4), V5P)
     with pytest.raises(UserError, match="'all'; there are"):
         estimate(LONG, "all", V5P)
+
+
+def test_rows_are_those_that_one_group_of_ranks_works_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Problem] = []
+    monkeypatch.setattr(cost, "_picked", lambda problem, kind: found.append(problem) or "ring")
+    query, key = jnp.zeros((16, 16, 4, 4)), jnp.zeros((16, 16, 2, 4))
+    with make_layout({"fsdp": 2, "ring": 2, "expert": 2}).activate():
+        assert pick_scheme(query, key) == "ring"
+    assert found == [Problem(4, 16, 4, 2, 4, ring=2, item=4)]
 
 
 def test_devices_without_figures_gather_and_say_so_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from tests.tiny import layout_of
 from vlpjax.mesh import _shortest_side_last
-from vlpjax.parallel.gathering import _ring, _rings, gathered, stages
+from vlpjax.parallel.gathering import _ring, gathered, rings, stages
 
 
 class Chip:
@@ -55,9 +55,9 @@ def test_a_stage_ends_where_the_ring_does(
 ) -> None:
     # Meshes are of real devices only, which have no torus here.
     monkeypatch.setattr("vlpjax.parallel.gathering._ring", lambda line: 2)
-    _rings.cache_clear()
-    mesh, found = _rings(layout_of(8, **sizes).mesh, tuple(sizes))
-    _rings.cache_clear()
+    rings.cache_clear()
+    mesh, found = rings(layout_of(8, **sizes).mesh, tuple(sizes))
+    rings.cache_clear()
     assert found == groups
     assert set(names) <= set(mesh.axis_names)
     assert mesh.devices.ravel().tolist() == jax.devices()[:8]
@@ -65,7 +65,7 @@ def test_a_stage_ends_where_the_ring_does(
 
 def staged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlpjax.parallel.gathering._ring", lambda line: 2 if len(line) == 8 else None)
-    _rings.cache_clear()
+    rings.cache_clear()
 
 
 @pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed")], ids=str)
@@ -94,7 +94,7 @@ def test_value_and_gradient_are_those_of_the_plain_product(
             out_shardings=(layout.replicated, lies),
         )
         found = step(kernel, tokens)
-    _rings.cache_clear()
+    rings.cache_clear()
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-5)
 
@@ -113,10 +113,10 @@ def test_kernels_are_gathered_in_the_type_that_they_are_used_in() -> None:
 
 
 def test_nothing_happens_outside_a_layout_or_without_an_embedding_axis() -> None:
-    kernel = jnp.ones((3, 5))
-    assert gathered(kernel, ("embed", "mlp")) is not None
+    kernel = np.arange(15.0).reshape(3, 5)
+    np.testing.assert_array_equal(gathered(jnp.asarray(kernel), ("embed", "mlp")), kernel)
     with layout_of(8).activate():
-        np.testing.assert_array_equal(gathered(kernel, ("position", "mlp")), kernel)
+        np.testing.assert_array_equal(gathered(jnp.asarray(kernel), ("position", "mlp")), kernel)
 
 
 def test_a_layout_of_tensor_ranks_keeps_their_pieces() -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.tiny import (
@@ -80,17 +78,6 @@ def differentiated(state: TrainState, layout: Layout) -> tuple[dict[str, float],
 def alone(state: TrainState) -> tuple[dict[str, float], Any]:
     """On one device."""
     return differentiated(state, layout_of(1))
-
-
-@pytest.fixture
-def compiled_anew() -> Iterator[None]:
-    """No program comes from the cache, which would not say what the compiler says."""
-    before = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # which remembers whether it is used
-    yield
-    jax.config.update("jax_enable_compilation_cache", before)
-    compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(f"{a}{n}" for a, n in sizes.items()))

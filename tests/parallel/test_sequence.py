@@ -19,7 +19,7 @@ from vlpjax.errors import UserError
 from vlpjax.mesh import Layout, make_layout
 from vlpjax.parallel.attention import Interval, attend
 from vlpjax.parallel.order import TokenOrder, fitting_order
-from vlpjax.parallel.sequence import SCHEMES, checked_heads, sequence_attention
+from vlpjax.parallel.sequence import SCHEMES, checked_heads, sequence_attention, sequence_ranks
 from vlpjax.parallel.sharded_cache import decode_attention, write_prompt, write_token
 
 B, S, H, D = 2, 64, 8, 4
@@ -247,9 +247,14 @@ def test_more_tensor_ranks_than_heads_of_keys_share_them() -> None:
     assert_trees_close(run(*given_), dense(*given_), rtol=1e-5, atol=4e-6)
 
 
-def test_a_sharded_cache_decodes_as_a_whole_one() -> None:
-    layout = make_layout({"fsdp": 2, "ring": 2, "ulysses": 2})
-    order = TokenOrder("block_striped", 4, 4)
+@pytest.mark.parametrize(
+    ("sizes", "rules"),
+    [({"fsdp": 2, "ring": 2, "ulysses": 2}, {}), ({"tensor": 4, "ring": 2}, {"kv_heads": ()})],
+    ids=["each rank has all heads", "two tensor ranks share a head of keys"],
+)
+def test_a_sharded_cache_decodes_as_a_whole_one(sizes: dict[str, int], rules: Any) -> None:
+    layout = make_layout(sizes, rules)
+    order = TokenOrder("block_striped", sequence_ranks(layout), 4)
     rng = np.random.default_rng(3)
     prompt, token = (rng.normal(size=(B, n, 2, D)).astype(np.float32) for n in (32, 1))
     query = rng.normal(size=(B, 1, H, D)).astype(np.float32)
@@ -271,6 +276,16 @@ def test_a_sharded_cache_decodes_as_a_whole_one() -> None:
         seen = Interval(jnp.full((1, 1), 3), jnp.full((1, 1), slot + 1))
         expected = attend(query, whole, 2 * whole, seen).mixed
         np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sharded_cache_refuses_heads_that_cannot_be_dealt_out() -> None:
+    query, cache = jnp.zeros((B, 1, 6, D)), jnp.zeros((B, 32, 2, D))
+    with (
+        make_layout({"tensor": 4, "ring": 2}).activate(),
+        pytest.raises(UserError, match="6 attention heads cannot be dealt out over tensor=4"),
+    ):
+        seen = Interval(*intervals("causal", 1))
+        decode_attention(query, cache, cache, seen, TokenOrder("block_striped", 2, 4))
 
 
 def test_a_sharded_cache_takes_prompts_that_fit() -> None:

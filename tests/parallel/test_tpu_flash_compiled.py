@@ -66,7 +66,6 @@ def loss(query, key, value):
     return jnp.sum(mixed.astype(jnp.float32) ** 2)
 placed = functools.partial(array, NamedSharding(layout.mesh, P("fsdp", None, "tensor")))
 inputs = (placed(4, 1500, 4, 72), *[placed(4, 1500, 2, 72)] * 2)
-text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*inputs).compile().as_text()
 saved = jax.checkpoint_policies.save_only_these_names(*NAMES)
 for name, policy in dict(nothing=jax.checkpoint_policies.nothing_saveable, names=saved).items():
     step = jax.value_and_grad(jax.checkpoint(loss, policy=policy), argnums=(0, 1, 2))

@@ -18,11 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.errors import UserError
 from vlpjax.mesh import active_layout
+from vlpjax.models.embedding import Embedding
 from vlpjax.models.layers import Block, KeyValues, named, norm
 from vlpjax.models.positions import Rotary, Rotation
 from vlpjax.models.stack import Stack
 from vlpjax.parallel.attention import Interval, intersect, segments
-from vlpjax.parallel.gathering import gathered
 from vlpjax.parallel.order import TokenOrder
 from vlpjax.parallel.sequence import sequence_ranks
 
@@ -135,7 +135,9 @@ class Decoder(nn.Module):
         if self.order not in ("pre", "both"):
             raise UserError(f"Decoder.order is {self.order!r}; there are 'pre' and 'both'.")
         table = named(nn.initializers.normal(self.width**-0.5), "vocabulary", "embed")
-        self.token_embedding = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, embedding_init=table)
+        self.token_embedding = Embedding(
+            self.vocabulary, self.width, dtype=self.dtype, embedding_init=table, over=("batch", "sequence")
+        )
         if not self.tied:
             self.head = Head(self.vocabulary, self.width)
         if self.learned_positions:
@@ -164,13 +166,7 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
         """Token embeddings, scaled, without positions: what ``__call__`` takes as ``embeddings``."""
-        table = self.token_embedding.embedding
-        table = table.astype(self.dtype or table.dtype)
-        # Devices that share examples look pieces of all rows up and exchange them, which is less than the table.  With
-        # sequence ranks the compiler does not find that exchange, and every device would have all rows whole.
-        if sequence_ranks(active_layout()) > 1:
-            table = gathered(table, ("vocabulary", "embed"))
-        rows = jnp.take(table, ids, axis=0)
+        rows = self.token_embedding(ids)
         return rows * jnp.asarray(self.embed_scale, rows.dtype) if self.embed_scale != 1 else rows
 
     def logits(self, tokens: Float[Array, "*leading width"]) -> Float[Array, "*leading vocabulary"]:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from vlpjax.mesh import constrain
+from vlpjax.parallel.copies import look_up
 
 
 class Embedding(nn.Embed):
-    """``nn.Embed`` whose table is gathered before the look-up, in the compute type.
+    """``nn.Embed`` on a mesh, in the compute type.
 
-    A table lies on the mesh by its features, what is looked up by its examples.  Where these do not share their axes in
-    the same order, XLA can only go from one to the other by holding all of what was looked up on every device; the
-    table is smaller.  Its vocabulary stays sharded.
+    A table lies there by its features, what is looked up by its examples.  From one to the other XLA often finds no way
+    but to hold all of what was looked up on every device; see :func:`vlpjax.parallel.copies.look_up`.
+
+    Attributes:
+      over: logical axes of the first dimensions of what is looked up.
+      rows: logical axis of the table's rows; that of its features is ``"embed"``.
     """
 
+    over: tuple[str, ...] = ("frames",)
+    rows: str | None = "vocabulary"
+
     def __call__(self, inputs: Int[Array, "*shape"]) -> Float[Array, "*shape features"]:
-        table = jnp.asarray(self.embedding, self.dtype)
-        rows: jax.Array = jnp.take(constrain(table, "vocabulary", None), inputs, axis=0)
-        return rows
+        return look_up(jnp.asarray(self.embedding, self.dtype), inputs, *self.over, rows=self.rows)

@@ -199,6 +199,7 @@ class TextTransformer(nn.Module):
                 self.width,
                 dtype=self.dtype,
                 embedding_init=named(nn.initializers.normal(0.02), None, "embed"),
+                rows=None,
                 name="type_embedding",
             )
             tokens = tokens + kinds(jnp.zeros_like(ids) if types is None else types)

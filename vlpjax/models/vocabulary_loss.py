@@ -7,18 +7,15 @@ them once more, for one chunk at a time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from vlpjax.errors import UserError
-from vlpjax.mesh import active_layout
-from vlpjax.parallel.gathering import gathered
+from vlpjax.parallel.copies import Devices
 
 
 class TokenLosses(NamedTuple):
@@ -74,19 +71,21 @@ def vocabulary_loss(
     # A label that does not count may be any number, also one beyond the vocabulary.
     if weights is not None:
         labels = jnp.where(weights == 0, jnp.clip(labels, 0, kernel.shape[1] - 1), labels)
-    devices = _Devices.of(batch, count)
-    copies = devices.copies(gathered(kernel.astype(tokens.dtype), ("embed", "vocabulary")))
+    devices = Devices.of((batch, count), "batch", "sequence")
+    # Float32 for a moment, so that the gradients of all chunks are summed up in float32.
+    copies = devices.copies(kernel.astype(tokens.dtype), ("embed", "vocabulary")).astype(jnp.float32)
 
     @jax.checkpoint
     def losses(part: jax.Array, wanted: jax.Array) -> TokenLosses:
-        # The copies were float32 for a moment, so that the gradients of all chunks are summed up in float32.
         logits = jnp.einsum(
             "mnbtd,mndv->mnbtv", part, copies.astype(part.dtype), preferred_element_type=jnp.float32
         )
         if soft_cap is not None:
             logits = soft_cap * jnp.tanh(logits / soft_cap)
         log_partition = jax.nn.logsumexp(logits, axis=-1)
-        label = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
+        # Not looked up: the gradient of that is scattered into another array of the logits' size.
+        here = jnp.arange(logits.shape[-1], dtype=jnp.int32) == wanted[..., None]
+        label = jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
         correct = (jnp.argmax(logits, axis=-1) == wanted).astype(jnp.float32)
         return TokenLosses(log_partition - label, log_partition, correct)
 
@@ -117,51 +116,3 @@ def _in_chunks(
         pieces.append(losses(tokens[:, :, :, whole * chunk :], labels[:, :, :, whole * chunk :]))
     joined: TokenLosses = jax.tree.map(lambda *x: jnp.concatenate(x, axis=3), *pieces)
     return joined
-
-
-class _Devices(NamedTuple):
-    """The devices that share the tokens, M along the rows and N along the tokens of a row.
-
-    Each device goes through its own tokens, with a copy of the kernel of its own.  So the gradients of its chunks are
-    summed up where they are, and over the devices once, instead of after every chunk.
-    """
-
-    rows: int = 1
-    columns: int = 1
-    places: NamedSharding | None = None  # of arrays [M, N, ...]
-    kernels: NamedSharding | None = None  # of copies [M, N, width, vocabulary]
-
-    @classmethod
-    def of(cls, batch: int, count: int) -> _Devices:
-        """Of the layout, if they divide the tokens among themselves."""
-        layout = active_layout()
-        if layout is None:
-            return cls()
-        rows, columns = (
-            math.prod(layout.mesh.shape[axis] for axis in layout.rules[name])
-            for name in ("batch", "sequence")
-        )
-        if batch % rows or count % columns:
-            return cls()
-        own = layout.spec(("batch", "sequence"))
-        kernels = PartitionSpec(*own, None, *layout.spec(("vocabulary",)))
-        return cls(rows, columns, NamedSharding(layout.mesh, own), NamedSharding(layout.mesh, kernels))
-
-    def copies(self, kernel: jax.Array) -> jax.Array:
-        """One kernel per device, [M, N, width, vocabulary], in float32."""
-        copies = jnp.broadcast_to(kernel, (self.rows, self.columns, *kernel.shape))
-        if self.kernels is not None:
-            copies = jax.lax.with_sharding_constraint(copies, self.kernels)
-        return copies.astype(jnp.float32)
-
-    def split(self, x: jax.Array) -> jax.Array:
-        """[batch, tokens, ...] -> [M, N, batch / M, tokens / N, ...]."""
-        batch, count, *rest = x.shape
-        x = x.reshape(self.rows, batch // self.rows, self.columns, count // self.columns, *rest)
-        x = jnp.swapaxes(x, 1, 2)
-        return x if self.places is None else jax.lax.with_sharding_constraint(x, self.places)
-
-    def join(self, x: jax.Array) -> jax.Array:
-        """The inverse of :meth:`split`."""
-        x = jnp.swapaxes(x, 1, 2)
-        return x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], *x.shape[4:])

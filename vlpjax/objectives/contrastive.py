@@ -374,8 +374,9 @@ class Sigmoid(Contrastive):
             better = jnp.where(second[1] > first[1], second, first)
             return jnp.stack([first[0] + second[0], better[1], better[2]])
 
+        nothing = (0.0, -jnp.inf, 0.0)
         each = against_all(
-            some, join, (image, labels), (text, labels), (scale, bias), pieces=self.chunks
+            some, join, (image, labels), (text, labels), (scale, bias), nothing=nothing, pieces=self.chunks
         )  # [3, B]
         metrics = {"accuracy": jnp.mean(each[2]), "scale": scale, "bias": bias}
         return Loss(jnp.sum(each[0]) / batch, metrics)

@@ -283,6 +283,8 @@ class Cudnn:
 BACKENDS: tuple[Backend, ...] = (
     Cudnn(), Dense(short=True), TpuFlash(), Splash(), Chunked(), Dense(),
 )  # fmt: skip
+# Those that give the log of the softmax's sum too, by which parts of the keys are put together.
+WITH_SUMS: tuple[Backend, ...] = (TpuFlash(), Chunked())
 
 
 class Choice(NamedTuple):
@@ -310,13 +312,13 @@ def choose(request: Request, backend: str | Backend | None = None) -> Choice:
         if (reason := backend.supports(request)) is not None:
             raise UserError(f"The attention backend {backend.name!r} cannot do this: {reason}.")
         return Choice(backend, {})
-    return _first(request)
+    return _first(request, BACKENDS)
 
 
 @functools.cache
-def _first(request: Request) -> Choice:
+def _first(request: Request, forms: tuple[Backend, ...]) -> Choice:
     """The first that does what is asked; logged, and therefore remembered."""
-    reasons = [(form, form.supports(request)) for form in BACKENDS]
+    reasons = [(form, form.supports(request)) for form in forms]
     chosen = next(form for form, reason in reasons if reason is None)
     before = reasons[: [form for form, _ in reasons].index(chosen)]
     skipped = {form.name: reason for form, reason in before if reason is not None}
@@ -377,13 +379,27 @@ def attend(
     return choose(request, backend).backend.run(query, key, value, interval, options)
 
 
-def on_device(query: jax.Array, key: jax.Array) -> Flash:
-    """The form for what each device does of attention whose collectives are written out, under any interval."""
-    dtypes = tuple(dict.fromkeys(str(x.dtype) for x in (query, key)))
-    sizes = (query.shape[1], key.shape[1], query.shape[2], key.shape[2], query.shape[3])
-    kernels = TpuFlash()
-    refused = kernels.supports(Request(active_platform(), dtypes, *sizes))
-    return Chunked().form if refused else kernels.form
+def on_device(query: jax.Array, key: jax.Array, *, queries: int, keys: int, rows: int) -> Flash:
+    """The form for what each device does of attention whose collectives are written out, under any interval.
+
+    Args:
+      query, key: of all devices.
+      queries, keys: tokens of a row that a device has at a time.
+      rows: different intervals on a device.
+    """
+    request = Request(
+        platform=active_platform(),
+        dtypes=tuple(dict.fromkeys(str(x.dtype) for x in (query, key))),
+        queries=queries,
+        keys=keys,
+        heads=query.shape[2],
+        kv_heads=key.shape[2],
+        head_dim=query.shape[3],
+        rows=rows,
+    )
+    form = _first(request, WITH_SUMS).backend
+    assert isinstance(form, TpuFlash | Chunked)
+    return form.form
 
 
 def _interval_only(request: Request) -> str | None:

@@ -21,7 +21,7 @@ import jax
 
 from vlpjax.errors import UserError
 from vlpjax.hardware import Chip, chip_of
-from vlpjax.mesh import active_layout
+from vlpjax.mesh import active_layout, devices_along
 from vlpjax.parallel.sequence import SCHEMES, checked_heads
 
 log = logging.getLogger("vlpjax.parallel")
@@ -177,7 +177,7 @@ def pick_scheme(query: jax.Array, key: jax.Array) -> str:
     if layout is None:
         return UNKNOWN
     sizes = layout.mesh.shape
-    rows = query.shape[0] // max(1, sizes["replica"] * sizes["fsdp"])
+    rows = query.shape[0] // devices_along(layout, "batch")
     problem = Problem(
         max(rows, 1), query.shape[1], query.shape[2], key.shape[2], query.shape[3],
         sizes["ring"], sizes["ulysses"], sizes["tensor"], item=query.dtype.itemsize,

@@ -8,7 +8,6 @@ number per query and head, the mixed values are as large as the queries).
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from vlpjax.mesh import Layout, active_layout
+from vlpjax.mesh import Layout, active_layout, devices_along, used_axes
 from vlpjax.parallel.attention import Interval
 
 NAMES = ("attention_out", "attention_lse")
@@ -40,14 +39,16 @@ class Flash(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """What is known when a program is traced."""
+    """What is known when a program is traced.
+
+    Attributes:
+      layout: that each device's part is cut from; the backward pass may be traced outside of it.
+    """
 
     form: Flash
     scale: float
     soft_cap: float | None
-    layout: (
-        Layout | None
-    )  # that each device's part is cut from; the backward pass may be traced outside of it
+    layout: Layout | None
 
 
 def flash(
@@ -124,8 +125,8 @@ class Places(NamedTuple):
     def of(cls, layout: Layout, query: jax.Array, key: jax.Array, interval: Interval) -> Places:
         """Examples over as much of the mesh as they can be dealt to; heads where their projections lie."""
         examples = batch_axes(layout, query.shape[0])
-        axes, parts = _spread(layout, "heads")
-        heads = axes if query.shape[2] % parts == key.shape[2] % parts == 0 else ()
+        parts = devices_along(layout, "heads")
+        heads = used_axes(layout, "heads") if query.shape[2] % parts == key.shape[2] % parts == 0 else ()
         own = max(x.shape[0] for x in interval) > 1
         return cls(
             layout,
@@ -147,9 +148,8 @@ class Places(NamedTuple):
 def batch_axes(layout: Layout, batch: int) -> tuple[str, ...]:
     """The mesh axes that examples are dealt over: all of those of frames, or those of a decoder's rows, or none."""
     for name in ("frames", "batch"):
-        axes, parts = _spread(layout, name)
-        if batch % parts == 0:
-            return axes
+        if batch % devices_along(layout, name) == 0:
+            return used_axes(layout, name)
     return ()
 
 
@@ -157,15 +157,9 @@ def repeat_heads(
     layout: Layout, keys: Float[Array, "batch keys kv_heads head_dim"], heads: int
 ) -> Float[Array, "batch keys copies head_dim"]:
     """Keys or values, repeated until their heads can be dealt over the devices that hold the queries' heads."""
-    _, parts = _spread(layout, "heads")
+    parts = devices_along(layout, "heads")
     groups = keys.shape[2]
     if heads % parts or groups % parts == 0:
         return keys
     copies = next(n for n in range(1, heads // groups + 1) if groups * n % parts == 0 == heads % (groups * n))
     return jnp.repeat(keys, copies, axis=2)
-
-
-def _spread(layout: Layout, name: str) -> tuple[tuple[str, ...], int]:
-    """The mesh axes of a logical axis that are not of size 1, and how many devices they are."""
-    axes = tuple(axis for axis in layout.rules[name] if layout.mesh.shape[axis] > 1)
-    return axes, math.prod(layout.mesh.shape[axis] for axis in axes)

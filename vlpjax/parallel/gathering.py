@@ -23,7 +23,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vlpjax.mesh import Layout, active_layout
+from vlpjax.mesh import Layout, active_layout, devices_along, used_axes
 
 NATIVE_DIMENSIONS = 2  # of a torus, along which TPUs gather and scatter
 
@@ -39,22 +39,21 @@ def gathered(kernel: jax.Array, names: Sequence[str | None]) -> jax.Array:
     """
     layout = active_layout()
     place = names.index("embed") if "embed" in names else None
-    if layout is not None and place is not None and _in_pieces(kernel.shape[place], layout):
+    if layout is not None and place is not None and in_pieces(kernel.shape[place], layout):
         # Pieces stand on the first axis: what is scattered along the axis that lies dense in memory is summed up whole.
         first = ("embed", *names[:place], *names[place + 1 :])
-        kernel = jnp.moveaxis(_gather(jnp.moveaxis(kernel, place, 0), stages(layout, first)), 0, place)
+        kernel = jnp.moveaxis(gather(jnp.moveaxis(kernel, place, 0), stages(layout, first)), 0, place)
     return checkpoint_name(kernel, "kernel")
 
 
-def _in_pieces(size: int, layout: Layout) -> bool:
+def in_pieces(size: int, layout: Layout) -> bool:
     """Whether a kernel of this size lies in pieces; one that cannot be divided is whole already."""
-    return size % math.prod(layout.mesh.shape[axis] for axis in layout.rules["embed"]) == 0
+    return size % devices_along(layout, "embed") == 0
 
 
 def stages(layout: Layout, names: Sequence[str | None]) -> tuple[NamedSharding, ...]:
     """Where an array with these logical axes lies before, between and after the stages of its gathering."""
-    axes = tuple(axis for axis in layout.rules["embed"] if layout.mesh.shape[axis] > 1)
-    mesh, pieces = _rings(layout.mesh, axes)
+    mesh, pieces = rings(layout.mesh, used_axes(layout, "embed"))
     kept = [
         tuple(piece for group in pieces[:count] for piece in group) for count in range(len(pieces), -1, -1)
     ]
@@ -69,7 +68,7 @@ def stages(layout: Layout, names: Sequence[str | None]) -> tuple[NamedSharding, 
 
 
 @functools.lru_cache
-def _rings(mesh: Mesh, axes: tuple[str, ...]) -> tuple[Mesh, tuple[tuple[str, ...], ...]]:
+def rings(mesh: Mesh, axes: tuple[str, ...]) -> tuple[Mesh, tuple[tuple[str, ...], ...]]:
     """The mesh with an axis cut in two where a stage ends, and the axes that each stage gathers, the last one first."""
     others = [index for index, name in enumerate(mesh.axis_names) if name not in axes]
     lines = np.transpose(mesh.devices, [mesh.axis_names.index(axis) for axis in axes] + others)
@@ -110,14 +109,15 @@ def _ring(line: np.ndarray) -> int | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(kernel: jax.Array, places: tuple[NamedSharding, ...]) -> jax.Array:
+def gather(kernel: jax.Array, places: tuple[NamedSharding, ...]) -> jax.Array:
+    """An array that lies at the first of :func:`stages`, at the last of them; its gradient goes the way back."""
     for place in places:
         kernel = jax.lax.with_sharding_constraint(kernel, place)
     return kernel
 
 
 def _gather_forward(kernel: jax.Array, places: tuple[NamedSharding, ...]) -> tuple[jax.Array, None]:
-    return _gather(kernel, places), None
+    return gather(kernel, places), None
 
 
 def _gather_backward(places: tuple[NamedSharding, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
@@ -126,4 +126,4 @@ def _gather_backward(places: tuple[NamedSharding, ...], _: None, gradient: jax.A
     return (gradient,)
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+gather.defvjp(_gather_forward, _gather_backward)

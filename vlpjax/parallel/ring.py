@@ -8,8 +8,7 @@ gradients with them: what the way there would have to remember is all columns on
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +17,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from vlpjax.mesh import active_layout, constrain
+from vlpjax.mesh import active_layout, constrain, devices_along, used_axes
+from vlpjax.parallel.passing import Ring
 
 Some = Callable[..., jax.Array]
 Join = Callable[[jax.Array, jax.Array], jax.Array]
@@ -31,6 +31,7 @@ def against_all(
     columns: Any,
     shared: tuple[jax.Array, ...],
     *,
+    nothing: Sequence[float],
     pieces: int,
 ) -> Float[Array, "numbers rows"]:
     """Numbers per row, made of what the row has with each column.
@@ -41,16 +42,17 @@ def against_all(
         the one that has a gradient; the others are for looking at.
       rows, columns: trees of arrays with the examples on the first dimension, B of them in both.
       shared: what all need, such as a scale.
+      nothing: the K numbers of a row that has met no column; joined to others, they change nothing.
       pieces: columns are taken in equal pieces of at most ``B / pieces`` (or one by one, if there are fewer).  1 takes
         all at once, gathered; more than 1 sends them around the devices.
     """
     layout = active_layout()
-    axes = () if layout is None else tuple(a for a in layout.rules["frames"] if layout.mesh.shape[a] > 1)
+    axes = () if layout is None else used_axes(layout, "frames")
     if pieces == 1:
         placed = jax.tree.map(lambda x: constrain(x, "frames", *[None] * (x.ndim - 1)), rows)
         gathered = jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), columns)
         return constrain(some(placed, gathered, *shared), None, "frames")
-    devices = 1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in axes)
+    devices = 1 if layout is None else devices_along(layout, "frames")
     held = jax.tree.leaves(columns)[0].shape[0] // devices  # columns per device
     cuts = next(n for n in range(1, held + 1) if held % n == 0 and (n * devices >= pieces or n == held))
     with_held = _in_cuts(some, join, cuts)
@@ -59,7 +61,7 @@ def against_all(
     assert layout is not None
     mine, all_of_it = PartitionSpec(axes), PartitionSpec()
     mapped = jax.shard_map(
-        _around(with_held, join, axes, devices),
+        _around(with_held, join, nothing, Ring(axes, devices)),
         mesh=layout.mesh,
         in_specs=(mine, mine, all_of_it),
         out_specs=PartitionSpec(None, axes),
@@ -84,23 +86,22 @@ def _in_cuts(some: Some, join: Join, cuts: int) -> Callable[[Any, Any, Any], jax
 
 
 def _around(
-    with_held: Callable[[Any, Any, Any], jax.Array], join: Join, axes: tuple[str, ...], devices: int
+    with_held: Callable[[Any, Any, Any], jax.Array], join: Join, nothing: Sequence[float], ring: Ring
 ) -> Callable[[Any, Any, Any], jax.Array]:
     """One device's part: its rows with its own columns, then with those that arrive."""
-    onward = [(index, (index + 1) % devices) for index in range(devices)]
 
-    def passed(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, onward), tree)
+    def varying(x: jax.Array) -> jax.Array:
+        return jax.lax.pcast(x, ring.axes, to="varying")
 
     @jax.custom_vjp
     def around(rows: Any, columns: Any, shared: Any) -> jax.Array:
-        def stage(carry: Any, _: None) -> tuple[Any, None]:
-            total, columns = carry
-            columns = passed(columns)
-            return (join(total, with_held(rows, columns, shared)), columns), None
+        def add(total: jax.Array, _: Any, columns: Any) -> jax.Array:
+            return join(total, with_held(rows, columns, shared))
 
-        total = with_held(rows, columns, shared)
-        return jax.lax.scan(stage, (total, columns), None, length=devices - 1)[0][0]
+        numbers = jax.eval_shape(with_held, rows, columns, shared)
+        start = jnp.broadcast_to(jnp.asarray(nothing, numbers.dtype)[:, None], numbers.shape)
+        met: jax.Array = ring.meet(add, varying(start), columns)
+        return met
 
     def forward(rows: Any, columns: Any, shared: Any) -> tuple[jax.Array, Any]:
         return around(rows, columns, shared), (rows, columns, shared)
@@ -108,27 +109,24 @@ def _around(
     def backward(kept: Any, gradient: jax.Array) -> tuple[Any, Any, Any]:
         rows, columns, shared = kept
         # Each device adds up its own part of these gradients; they are added over the devices once, at the end.
-        shared = jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), shared)
+        shared = jax.tree.map(varying, shared)
 
-        def met(columns: Any) -> Any:
-            """The gradients by floats of rows, of these columns and of what is shared."""
+        def add(own: Any, _: Any, columns: Any) -> tuple[Any, Any]:
+            """The gradients by floats of rows and of what is shared, and by those of these columns."""
             floats, rest = zip(*(_floats(tree) for tree in (rows, columns, shared)), strict=True)
 
             def summed(*floats: Any) -> jax.Array:
                 return with_held(*(join_up(part) for join_up, part in zip(rest, floats, strict=True)))[0]
 
-            return jax.vjp(summed, *floats)[1](gradient[0])
+            by_rows, by_columns, by_shared = jax.vjp(summed, *floats)[1](gradient[0])
+            return jax.tree.map(jnp.add, own, (by_rows, by_shared)), by_columns
 
-        def stage(carry: Any, _: None) -> tuple[Any, None]:
-            columns, by_rows, by_columns, by_shared = carry
-            columns, by_columns = passed((columns, by_columns))
-            found = met(columns)
-            return (columns, *jax.tree.map(jnp.add, (by_rows, by_columns, by_shared), found)), None
-
-        start = (columns, *met(columns))
-        (_, by_rows, by_columns, by_shared), _ = jax.lax.scan(stage, start, None, length=devices - 1)
-        by_columns = passed(by_columns)  # home again
-        by_shared = jax.lax.psum(by_shared, axes)
+        by_rows, by_columns, by_shared = (
+            [varying(jnp.zeros(x.shape, x.dtype)) for x in _floats(tree)[0]]
+            for tree in (rows, columns, shared)
+        )
+        (by_rows, by_shared), by_columns = ring.collect(add, (by_rows, by_shared), columns, by_columns)
+        by_shared = jax.lax.psum(by_shared, ring.axes)
         return _whole(rows, by_rows), _whole(columns, by_columns), _whole(shared, by_shared)
 
     around.defvjp(forward, backward)

@@ -36,18 +36,19 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from vlpjax.errors import UserError
-from vlpjax.mesh import Layout, active_layout, constrain
+from vlpjax.mesh import Layout, active_layout, constrain, devices_along, used_axes
 from vlpjax.parallel.attention import Interval
 from vlpjax.parallel.backends import on_device
-from vlpjax.parallel.flash import Flash
+from vlpjax.parallel.flash import NAMES, Flash
 from vlpjax.parallel.order import TokenOrder, fitting_order
+from vlpjax.parallel.passing import Ring
 
 SCHEMES = ("gather", "ring", "ulysses", "ulysses_gather", "ulysses_ring")
 
 
 def sequence_ranks(layout: Layout | None) -> int:
     """Over how many devices the tokens of a row lie."""
-    return 1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in layout.rules["sequence"])
+    return 1 if layout is None else devices_along(layout, "sequence")
 
 
 def active_order(length: int) -> TokenOrder | None:
@@ -101,13 +102,16 @@ def sequence_attention(
       UserError: no layout with sequence ranks, another number of ranks in ``order``, an unknown scheme, or a batch, a
         length or heads that the mesh does not divide.
     """
-    plan = _Plan.of(query, key, order, scheme)
+    interval = Interval(*jnp.broadcast_arrays(*(x.astype(jnp.int32) for x in interval)))
+    layout = layout_for(order)
+    plan = _Plan.of(layout, query, key, order, scheme)
+    part = plan.length // plan.size(plan.outer)
+    sizes = dict(queries=part, keys=part if plan.rotate else plan.length)
     plan = plan._replace(
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         soft_cap=soft_cap,
-        form=form or on_device(query, key),
+        form=form or on_device(query, key, **sizes, rows=rows_on_device(interval, layout)),
     )
-    interval = Interval(*jnp.broadcast_arrays(*(x.astype(jnp.int32) for x in interval)))
     mixed: jax.Array = _attend(plan, query, key, value, interval)
     return mixed
 
@@ -166,9 +170,8 @@ class _Plan(NamedTuple):
     form: Flash | None = None
 
     @classmethod
-    def of(cls, query: jax.Array, key: jax.Array, order: TokenOrder, scheme: str) -> _Plan:
-        """The plan for arrays of these shapes on the active layout, checked."""
-        layout = layout_for(order)
+    def of(cls, layout: Layout, query: jax.Array, key: jax.Array, order: TokenOrder, scheme: str) -> _Plan:
+        """The plan for arrays of these shapes, checked."""
         if scheme not in SCHEMES:
             raise UserError(f"The sequence scheme is {scheme!r}; there are {', '.join(map(repr, SCHEMES))}.")
         order.check(query.shape[1])
@@ -185,6 +188,11 @@ class _Plan(NamedTuple):
 
     def size(self, axes: tuple[str, ...]) -> int:
         return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    @property
+    def ring(self) -> Ring:
+        """The outer ranks."""
+        return Ring(self.outer, self.size(self.outer))
 
     @property
     def outer_order(self) -> TokenOrder:
@@ -223,9 +231,10 @@ def layout_for(order: TokenOrder) -> Layout:
     return layout
 
 
-def used_axes(layout: Layout, name: str) -> tuple[str, ...]:
-    """The mesh axes of a logical axis that have more than one device."""
-    return tuple(axis for axis in layout.rules[name] if layout.mesh.shape[axis] > 1)
+def rows_on_device(interval: Interval, layout: Layout) -> int:
+    """How many different intervals a device has."""
+    rows = interval.start.shape[0]
+    return rows if rows == 1 else rows // devices_along(layout, "batch")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -237,7 +246,7 @@ def _attend_forward(
     plan: _Plan, query: jax.Array, key: jax.Array, value: jax.Array, interval: Interval
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     mixed, lse = plan.run(functools.partial(_forward, plan), "qkki", "ql", query, key, value, interval)
-    mixed, lse = checkpoint_name(mixed, "attention_out"), checkpoint_name(lse, "attention_lse")
+    mixed, lse = (checkpoint_name(x, name) for x, name in zip((mixed, lse), NAMES, strict=True))
     return mixed, (query, key, value, interval, mixed, lse)
 
 
@@ -308,22 +317,13 @@ def _ring_forward(
     interval: Interval,
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values pass by; what each part adds is weighted by its share of the softmax's sum."""
-    rank, ranks = jax.lax.axis_index(plan.outer), plan.size(plan.outer)
 
-    def part(step: jax.Array | int, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-        seen = plan.outer_order.local(interval, (rank - step) % ranks, plan.length)
-        mixed, lse = forward(query, key, value, seen)
-        return mixed.astype(jnp.float32), lse
-
-    def turn(carry: Any, step: jax.Array) -> tuple[Any, None]:
-        mixed, lse, key, value = carry
-        # The next keys are under way while these are used.
-        coming = _passed_on(plan, (key, value))
-        return (*merge(mixed, lse, *part(step, key, value)), *coming), None
+    def add(carry: Any, step: jax.Array | int, keys: Any) -> Any:
+        (sums, sums_lse), (mixed, lse) = carry, forward(query, *keys, _seen_of(plan, interval, step))
+        return merge(sums, sums_lse, mixed.astype(jnp.float32), lse)
 
     nothing = jnp.zeros(query.shape, jnp.float32), jnp.full(_heads_first(query.shape), -jnp.inf, jnp.float32)
-    (mixed, lse, key, value), _ = jax.lax.scan(turn, (*nothing, key, value), jnp.arange(ranks - 1))
-    mixed, lse = merge(mixed, lse, *part(ranks - 1, key, value))
+    mixed, lse = plan.ring.meet(add, nothing, (key, value))
     return mixed.astype(query.dtype), lse
 
 
@@ -336,31 +336,20 @@ def _ring_backward(
     interval: Interval,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Keys and values pass by once more, and their gradients a step behind them, until they are back at home."""
-    rank, ranks = jax.lax.axis_index(plan.outer), plan.size(plan.outer)
 
-    def turn(carry: Any, step: jax.Array | int, last: bool = False) -> tuple[Any, None]:
-        d_query, sums, keys = carry
-        # Neither needs this step's products: the sums of these keys come from the rank that had them before.
-        coming = keys if last else _passed_on(plan, keys)
-        sums = _passed_on(plan, sums)
-        seen = plan.outer_order.local(interval, (rank - step) % ranks, plan.length)
-        found, *rest = backward(*keys, seen)
-        sums = tuple(total + x.astype(jnp.float32) for total, x in zip(sums, rest, strict=True))
-        return (d_query + found.astype(jnp.float32), sums, coming), None
+    def add(d_query: jax.Array, step: jax.Array | int, keys: Any) -> tuple[jax.Array, Any]:
+        found, *rest = backward(*keys, _seen_of(plan, interval, step))
+        return d_query + found.astype(jnp.float32), tuple(x.astype(jnp.float32) for x in rest)
 
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (key, value))
-    start = (jnp.zeros(query.shape, jnp.float32), zeros, (key, value))
-    carry, _ = jax.lax.scan(turn, start, jnp.arange(ranks - 1))
-    (d_query, sums, _), _ = turn(carry, ranks - 1, last=True)
-    d_key, d_value = _passed_on(plan, sums)
+    d_query, *zeros = (jnp.zeros(x.shape, jnp.float32) for x in (query, key, value))
+    d_query, (d_key, d_value) = plan.ring.collect(add, d_query, (key, value), tuple(zeros))
     return d_query, d_key, d_value
 
 
-def _passed_on(plan: _Plan, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """What the rank before had."""
-    ranks = plan.size(plan.outer)
-    onward = [(rank, (rank + 1) % ranks) for rank in range(ranks)]
-    return tuple(jax.lax.ppermute(x, plan.outer, onward) for x in arrays)
+def _seen_of(plan: _Plan, interval: Interval, step: jax.Array | int) -> Interval:
+    """What queries see of the keys that are here at a step of the ring."""
+    rank = (jax.lax.axis_index(plan.outer) - step) % plan.ring.size
+    return plan.outer_order.local(interval, rank, plan.length)
 
 
 def merge(
@@ -440,9 +429,13 @@ def _with_inner_ranks(plan: _Plan, interval: Interval) -> Interval:
 
 def _own_heads(plan: _Plan, x: jax.Array) -> jax.Array:
     """Those heads of keys or values that this rank's queries need, of all inner ranks' tokens."""
-    if plan.over > 1:
-        x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(plan.tensor) // plan.over, 1, axis=2)
+    x = shared_head(x, plan.tensor, plan.over)
     return to_heads(plan, x if plan.again == 1 else jnp.repeat(x, plan.again, axis=2))
+
+
+def shared_head(x: jax.Array, tensor: tuple[str, ...], over: int) -> jax.Array:
+    """Of all heads of keys or values the one that ``over`` tensor ranks share; where each has its own, those."""
+    return x if over == 1 else jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(tensor) // over, 1, axis=2)
 
 
 def _back_from_own_heads(plan: _Plan, x: jax.Array, count: int) -> jax.Array:

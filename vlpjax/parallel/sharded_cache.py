@@ -14,11 +14,18 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from vlpjax.errors import UserError
+from vlpjax.mesh import devices_along, used_axes
 from vlpjax.parallel.attention import Interval
 from vlpjax.parallel.backends import on_device
 from vlpjax.parallel.flash import Flash
 from vlpjax.parallel.order import TokenOrder
-from vlpjax.parallel.sequence import layout_for, sequence_attention, used_axes
+from vlpjax.parallel.sequence import (
+    checked_heads,
+    layout_for,
+    rows_on_device,
+    sequence_attention,
+    shared_head,
+)
 
 Slots = Float[Array, "batch slots kv_heads head_dim"]
 
@@ -96,20 +103,25 @@ def decode_attention(
       scale, soft_cap, form: as in :func:`vlpjax.parallel.sequence.sequence_attention`.
 
     Raises:
-      UserError: no layout with the order's ranks, or slots that cannot be split over them.
+      UserError: no layout with the order's ranks, or slots or heads that cannot be dealt out.
     """
     layout = layout_for(order)
     slots = key.shape[1]
     order.check(slots)
     batch, ranks, tensor = (used_axes(layout, name) for name in ("batch", "sequence", "heads"))
+    over, _ = checked_heads(query.shape[2], key.shape[2], devices_along(layout, "heads"), 1)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     interval = Interval(*jnp.broadcast_arrays(*interval))
-    run = (form or on_device(query, key)).forward
+    if form is None:
+        sizes = dict(queries=query.shape[1], keys=slots // order.ranks)
+        form = on_device(query, key, **sizes, rows=rows_on_device(interval, layout))
+    run = form.forward
     rows = PartitionSpec(batch if interval.start.shape[0] > 1 else None)
     heads = PartitionSpec(batch, None, tensor, None)
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, interval: Interval) -> jax.Array:
         own = order.local(interval, jax.lax.axis_index(ranks), slots)
+        key, value = (shared_head(x, tensor, over) for x in (key, value))
         mixed, lse = run(query, key, value, own, scale=scale, soft_cap=soft_cap)
         largest = jax.lax.pmax(lse, ranks)
         share = jnp.exp(lse - jnp.where(jnp.isneginf(largest), 0.0, largest))  # [b, h, q]
@@ -117,7 +129,7 @@ def decode_attention(
         total, mixed = jax.lax.psum((by_query, mixed.astype(jnp.float32) * by_query), ranks)
         return (mixed / jnp.where(total == 0, 1.0, total)).astype(query.dtype)
 
-    cache = PartitionSpec(batch, ranks, tensor, None)
+    cache = PartitionSpec(batch, ranks, tensor if over == 1 else None, None)
     mapped = jax.shard_map(
         attend,
         mesh=layout.mesh,
