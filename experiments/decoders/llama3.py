@@ -31,6 +31,7 @@ SYSTEM = dict(
     measured="not measured yet",
 )
 TOKENS = 15_000_000_000_000
+CHUNK = 1024  # tokens of a device whose logits exist at once, 0.5 GB; each chunk adds to the vocabulary's gradient
 ROTARY = spec(Rotary, base=500_000.0)
 COMPILER = VMEM[1]["compiler_options"]
 # 64 chips of v5p hold four rows of 131,072 tokens.  Each rank of ``ulysses`` has one of the eight heads of keys and
@@ -38,8 +39,8 @@ COMPILER = VMEM[1]["compiler_options"]
 LONG = (r"tpu-TPU v5p?-64", {"mesh.ring": 2, "mesh.ulysses": 8, "compiler_options": COMPILER})
 # 4,096 chips share the 16 million tokens of a batch: two to a row.
 POD = (r"tpu-TPU v5p?-4096", {"mesh.ulysses": 2, "compiler_options": COMPILER})
-# What fits beside it: kernels are gathered once in a step instead of twice.
-KERNELS = f"{LITTLE},exchanged,residual,kernel"
+# With room to spare: kernels are gathered and tokens traded once in a step instead of twice.
+KERNELS = f"{LITTLE},exchanged,residual,mlp_gate,kernel"
 
 
 class Training(NamedTuple):
@@ -111,7 +112,7 @@ def paper(config: Config, training: Training) -> Config:
             remat=training.remat,
         )
     )
-    config.objectives = dict(next=dict(weight=1.0, loss=spec(NextToken)))
+    config.objectives = dict(next=dict(weight=1.0, loss=spec(NextToken, chunk=CHUNK)))
     config.data = dict(
         example=dict(tokens=f"int32[{training.length + 1}]"), examples=TOKENS // training.length
     )

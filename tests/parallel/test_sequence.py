@@ -199,7 +199,7 @@ def compiled(scheme: str) -> str:
 @pytest.mark.parametrize(
     ("scheme", "moved"),
     [
-        ("gather", {"all-gather", "reduce-scatter"}),
+        ("gather", {"all-gather", "reduce-scatter", "collective-permute"}),  # two ranks swap halves
         ("ring", {"collective-permute"}),
         ("ulysses_ring", {"all-to-all", "all-gather", "collective-permute"}),  # intervals are gathered
     ],

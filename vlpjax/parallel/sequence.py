@@ -416,8 +416,18 @@ def _scattered(plan: _Plan, x: jax.Array) -> jax.Array:
     tiles = jnp.moveaxis(tiles, 2, 0)
     for axis in plan.outer:
         tiles = tiles.reshape(plan.mesh.shape[axis], -1, *tiles.shape[1:])
-        tiles = jax.lax.psum_scatter(tiles, axis, scatter_dimension=0)
+        if plan.mesh.shape[axis] == 2:
+            tiles = _sum_of_two(tiles, axis)
+        else:
+            tiles = jax.lax.psum_scatter(tiles, axis, scatter_dimension=0)
     return jax.lax.optimization_barrier(_untiled(tiles[0][:, :, None]))
+
+
+def _sum_of_two(halves: jax.Array, axis: str) -> jax.Array:
+    """Each of two ranks' half of the sum; the TPU compiler would have both sum up both halves, and rounded."""
+    rank = jax.lax.axis_index(axis)
+    own, other = (jax.lax.dynamic_index_in_dim(halves, place, keepdims=False) for place in (rank, 1 - rank))
+    return own + jax.lax.ppermute(other, axis, [(0, 1), (1, 0)])
 
 
 # Tokens against heads among the inner ranks.
