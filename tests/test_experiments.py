@@ -54,8 +54,8 @@ def arguments_of(path: Path) -> tuple[str, ...]:
 EXPERIMENTS = [
     f"{path.relative_to(ROOT)}:{argument}".rstrip(":") for path in FILES for argument in arguments_of(path)
 ]
-TRAINABLE = [name for name in EXPERIMENTS if not name.endswith(":paper")]
-PAPER = [name for name in EXPERIMENTS if name.endswith(":paper")]
+TRAINABLE = [name for name in EXPERIMENTS if ":paper" not in name]
+PAPER = [name for name in EXPERIMENTS if ":paper" in name]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -80,7 +80,7 @@ def weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def is_paper(experiment: str) -> bool:
     """Whether these are settings whose data, weights and machine are elsewhere."""
-    return experiment.endswith(":paper")
+    return experiment.rpartition(":")[2].startswith("paper")
 
 
 def config_of(experiment: str) -> Config:

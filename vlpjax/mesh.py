@@ -33,7 +33,9 @@ AXES = ("replica", "fsdp", "ring", "ulysses", "tensor", "expert")
 # layer, which only the links inside a slice are fast enough for.
 ACROSS_SLICES = ("replica", "fsdp", "ring")
 
-# Parameters are sharded over fsdp, both sequence axes and expert, so that no rank of these holds copies.
+# Parameters are sharded over fsdp, both sequence axes and expert, so that no rank of these holds copies.  Neighbours
+# along fsdp hold neighbouring pieces, which are put together first (:mod:`vlpjax.parallel.gathering`): fsdp has sides
+# of a torus to itself, while ring and ulysses together make whole sides.
 RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("replica", "fsdp", "expert"),  # examples, and everything that is one per example
@@ -47,13 +49,13 @@ RULES: dict[str, tuple[str, ...]] = {
     "sequence": ("ring", "ulysses"),  # tokens of a decoder
     "activation": (),  # features of an activation
     # parameters
-    "embed": ("fsdp", "ring", "ulysses", "expert"),
+    "embed": ("ring", "ulysses", "fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocabulary": ("tensor",),
     "experts": ("expert",),  # of a layer that chooses among experts
-    "expert_embed": ("fsdp", "ring", "ulysses"),  # their "embed"
+    "expert_embed": ("ring", "ulysses", "fsdp"),  # their "embed"
     "head_dim": (),
     "joint": (),  # the space that towers share
     "position": (),

@@ -57,9 +57,9 @@ def test_exchanged_heads_move_queries_and_repeated_keys() -> None:
     problem = dataclasses.replace(LONG, ring=1, ulysses=16, length=2**18)
     found = estimate(problem, "ulysses", V5P)
     query, pair = tokens * 32 * 128, 2 * tokens * 16 * 128  # each head of keys twice
-    elements = (2 * query + pair) * 2 + (4 * query + pair) * 2 + 4 * pair
-    assert found.moved == pytest.approx(elements * 15 / 16)
-    assert found.links == pytest.approx(16 * elements * 15 / 16 / (2 * 90e9) / 4)
+    size = 2 * (2 * query + pair + 4 * query + 2 * pair)
+    assert found.moved == pytest.approx(size * 15 / 16)
+    assert found.links == pytest.approx(16 * size * 15 / 16 / (2 * 90e9) / 4)
 
 
 def test_switches_end_at_their_domain() -> None:
@@ -73,12 +73,14 @@ def test_switches_end_at_their_domain() -> None:
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 @pytest.mark.parametrize("length", [2**n for n in range(15, 22)])
-def test_the_choice_is_the_fastest_that_fits(chip, length: int) -> None:
+def test_of_those_that_fit_and_are_as_fast_as_the_fastest_the_choice_moves_least(chip, length: int) -> None:
     problem = dataclasses.replace(LONG, length=length)
     memory = chip.hbm_bytes / 4
     picked = choose(problem, chip, memory=memory)
     fitting = [x for x in estimates(problem, chip) if x.refused is None and x.memory <= memory]
-    assert picked.time == min(x.time for x in fitting)
+    fastest = min(x.time for x in fitting)
+    assert picked.time <= 1.02 * fastest
+    assert picked.moved == min(x.moved for x in fitting if x.time <= 1.02 * fastest)
 
 
 def test_where_nothing_fits_the_smallest_is_taken() -> None:

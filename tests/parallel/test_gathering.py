@@ -63,6 +63,16 @@ def test_a_stage_ends_where_the_ring_does(
     assert mesh.devices.ravel().tolist() == jax.devices()[:8]
 
 
+def test_the_first_stage_is_along_fsdp_and_the_second_over_the_sequence_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vlpjax.parallel.gathering._ring", lambda line: 2)
+    _rings.cache_clear()
+    found = stages(layout_of(8, fsdp=2, ring=2, ulysses=2), ("embed", "mlp"))
+    _rings.cache_clear()
+    assert [place.spec[0] for place in found] == [("ring", "ulysses", "fsdp"), ("ring", "ulysses"), None]
+
+
 def staged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlpjax.parallel.gathering._ring", lambda line: 2 if len(line) == 8 else None)
     rings.cache_clear()

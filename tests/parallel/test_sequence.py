@@ -199,7 +199,7 @@ def compiled(scheme: str) -> str:
 @pytest.mark.parametrize(
     ("scheme", "moved"),
     [
-        ("gather", {"all-gather", "reduce-scatter"}),
+        ("gather", {"all-gather", "reduce-scatter", "collective-permute"}),  # two ranks swap halves
         ("ring", {"collective-permute"}),
         ("ulysses_ring", {"all-to-all", "all-gather", "collective-permute"}),  # intervals are gathered
     ],
@@ -207,6 +207,27 @@ def compiled(scheme: str) -> str:
 def test_only_the_schemes_own_collectives_are_in_the_program(scheme: str, moved: set[str]) -> None:
     kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
     assert set(re.findall(rf"= \S.*? ({kinds})(?:-start)?\(", compiled(scheme))) == moved
+
+
+@pytest.mark.parametrize(("saved", "exchanges"), [((), 3), (("exchanged",), 0)], ids=str)
+def test_what_was_exchanged_is_exchanged_again_unless_it_is_saved(
+    saved: tuple[str, ...], exchanges: int
+) -> None:
+    layout = make_layout({"ring": 4, "ulysses": 2})
+    order = TokenOrder("block_striped", 8, tile=4)
+    policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse", *saved)
+
+    def loss(*qkv: jax.Array) -> jax.Array:
+        interval = Interval(*(jnp.asarray(x) for x in intervals("causal")))
+        attention = functools.partial(
+            sequence_attention, interval=interval, order=order, scheme="ulysses_ring"
+        )
+        return jnp.sum(jax.checkpoint(attention, policy=policy)(*qkv))
+
+    with layout.activate():
+        program = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*arrays(kv_heads=4)[:3]))
+    # There: queries, keys, values, and mixed values back.  Then mixed values and their gradient, and three gradients.
+    assert program.count("all_to_all[") == 4 + 5 + exchanges
 
 
 def refused(scheme: str = "gather", order: TokenOrder | None = None, **changes: Any) -> str:

@@ -85,6 +85,11 @@ def test_groups_of_devices_in_every_form() -> None:
     assert groups("replica_groups=mesh['a'=1,'b'=4,'c'=2] {'b'}, dimensions={0}") == explicit
     assert groups("replica_groups=[4,2]<=[8], dimensions={0}") == ((0, 1), (2, 3), (4, 5), (6, 7))
     assert groups("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}") == ((0, 1, 4, 5), (2, 3, 6, 7))
+    assert groups("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={0}") == (
+        (0, 1, 2, 3),
+        (4, 5, 6, 7),
+    )
+    assert groups("replica_groups=mesh['a'=4,'b'=2], device_ids=([8]) {'a'}") == ((0, 2, 4, 6), (1, 3, 5, 7))
     assert groups("source_target_pairs={{0,1},{1,2},{2,0}}") == ((0, 1), (1, 2), (2, 0))
     assert groups("replica_groups={}, dimensions={0}") == ()
 

@@ -26,6 +26,7 @@ NAMED = (
     "query",  # after norm and rotation, as key
     "key",
     "value",
+    "exchanged",  # these three where sequence ranks trade tokens for heads: saved, they are traded once
     "attention_out",
     "attention_lse",
     "residual",  # between attention and MLP

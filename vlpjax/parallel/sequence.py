@@ -15,8 +15,9 @@ scheme             tokens against heads     keys and values
 ``ulysses_ring``   on ``ulysses``           passed around ``ring``
 =================  =======================  =========================
 
-Each call is one ``shard_map`` forward and one backward, with its collectives written out.  Nothing of another rank is
-kept for the backward pass but the log of each query's softmax sum, in float32.
+Each call is one ``shard_map`` that trades, one forward and one backward, with their collectives written out.  The
+backward pass needs the queries, keys and values that were traded: it trades again, unless they are saved by the name
+``"exchanged"`` (:mod:`vlpjax.models.stack`).  Keys that are gathered or pass by are not kept.
 
 Sources: "Ring Attention", arXiv 2310.01889; "DeepSpeed Ulysses", arXiv 2309.14509; "USP", arXiv 2405.07719; "LongVILA",
 arXiv 2408.10188.
@@ -152,7 +153,7 @@ class _Plan(NamedTuple):
       outer: mesh axes around which keys and values get.
       rotate: in a ring, or all at once.
       order: how tokens lie over outer and inner ranks together, of rows of ``length``.
-      over, again: of :func:`checked_heads`.
+      over, again: of :func:`checked_heads`, with ``kv_heads`` of all tensor ranks.
     """
 
     mesh: Mesh
@@ -165,6 +166,7 @@ class _Plan(NamedTuple):
     length: int
     over: int
     again: int
+    kv_heads: int
     scale: float = 1.0
     soft_cap: float | None = None
     form: Flash | None = None
@@ -184,7 +186,8 @@ class _Plan(NamedTuple):
         sizes = [math.prod(layout.mesh.shape[axis] for axis in axes) for axes in (tensor, inner)]
         over, again = checked_heads(query.shape[2], key.shape[2], *sizes)
         rotate = scheme.endswith("ring")
-        return cls(layout.mesh, batch, tensor, inner, outer, rotate, order, query.shape[1], over, again)
+        length, kv_heads = query.shape[1], key.shape[2]
+        return cls(layout.mesh, batch, tensor, inner, outer, rotate, order, length, over, again, kv_heads)
 
     def size(self, axes: tuple[str, ...]) -> int:
         return math.prod(self.mesh.shape[axis] for axis in axes)
@@ -201,13 +204,13 @@ class _Plan(NamedTuple):
 
     def run(self, function: Callable[..., Any], given: str, returned: str, *arrays: Any) -> Any:
         """``function`` on every device; ``given`` and ``returned`` say what arrays are, one letter each."""
-        interval: Interval = arrays[given.index("i")]
+        alike = "i" in given and arrays[given.index("i")].start.shape[0] == 1  # all rows' intervals
         tokens = (*self.outer, *self.inner)
-        seen = PartitionSpec(self.batch if interval.start.shape[0] > 1 else None, tokens)
         specs = {
             "q": PartitionSpec(self.batch, tokens, self.tensor, None),
             "k": PartitionSpec(self.batch, tokens, self.tensor if self.over == 1 else None, None),
-            "i": seen,  # of both ends
+            "h": PartitionSpec(self.batch, self.outer, (*self.tensor, *self.inner), None),  # once exchanged
+            "i": PartitionSpec(None if alike else self.batch, tokens),  # of both ends
             "l": PartitionSpec(self.batch, (*self.tensor, *self.inner), self.outer),
         }
         # Gradients are written out by hand, and kernels do not say over which axes their results vary.
@@ -245,25 +248,40 @@ def _attend(plan: _Plan, query: jax.Array, key: jax.Array, value: jax.Array, int
 def _attend_forward(
     plan: _Plan, query: jax.Array, key: jax.Array, value: jax.Array, interval: Interval
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    mixed, lse = plan.run(functools.partial(_forward, plan), "qkki", "ql", query, key, value, interval)
+    own = _exchanged(plan, query, key, value)
+    mixed, lse = plan.run(functools.partial(_forward, plan), "hhhi", "ql", *own, interval)
     mixed, lse = (checkpoint_name(x, name) for x, name in zip((mixed, lse), NAMES, strict=True))
-    return mixed, (query, key, value, interval, mixed, lse)
+    return mixed, (*own, interval, mixed, lse)
 
 
 def _attend_backward(plan: _Plan, kept: tuple[Any, ...], gradient: jax.Array) -> tuple[Any, ...]:
     run = functools.partial(_backward, plan)
-    d_query, d_key, d_value = plan.run(run, "qkkiqlq", "qkk", *kept, gradient)
+    d_query, d_key, d_value = plan.run(run, "hhhiqlq", "qkk", *kept, gradient)
     return d_query, d_key, d_value, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _exchanged(
+    plan: _Plan, query: jax.Array, key: jax.Array, value: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Those heads of all three that each rank attends with, of all inner ranks' tokens."""
+    if not plan.inner and plan.over == 1:
+        return query, key, value
+
+    def trade(*own: jax.Array) -> tuple[jax.Array, ...]:
+        return to_heads(plan, own[0]), _own_heads(plan, own[1]), _own_heads(plan, own[2])
+
+    traded = plan.run(trade, "qkk", "hhh", query, key, value)
+    query, key, value = (checkpoint_name(x, "exchanged") for x in traded)
+    return query, key, value
+
+
 def _forward(
     plan: _Plan, query: jax.Array, key: jax.Array, value: jax.Array, interval: Interval
 ) -> tuple[jax.Array, jax.Array]:
-    """One device's part of the forward pass."""
-    query, key, value = to_heads(plan, query), _own_heads(plan, key), _own_heads(plan, value)
+    """One device's part of the forward pass, from what was exchanged on."""
     interval = _with_inner_ranks(plan, interval)
     assert plan.form is not None
     forward = functools.partial(plan.form.forward, scale=plan.scale, soft_cap=plan.soft_cap)
@@ -285,10 +303,8 @@ def _backward(
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One device's part of the backward pass."""
-    dtypes = query.dtype, key.dtype, value.dtype
-    count = key.shape[2]
-    query, mixed, gradient = (to_heads(plan, x) for x in (query, mixed, gradient))
-    key, value, interval = _own_heads(plan, key), _own_heads(plan, value), _with_inner_ranks(plan, interval)
+    mixed, gradient = to_heads(plan, mixed), to_heads(plan, gradient)
+    interval = _with_inner_ranks(plan, interval)
     assert plan.form is not None
     run = functools.partial(plan.form.backward, scale=plan.scale, soft_cap=plan.soft_cap)
 
@@ -300,9 +316,10 @@ def _backward(
     else:
         d_query, *rest = backward(_gathered(plan, key), _gathered(plan, value), interval)
         d_key, d_value = (_scattered(plan, x.astype(jnp.float32)) for x in rest)
-    d_query = to_tokens(plan, d_query.astype(dtypes[0]))
-    d_key, d_value = (_back_from_own_heads(plan, x, count) for x in (d_key, d_value))
-    return d_query, d_key.astype(dtypes[1]), d_value.astype(dtypes[2])
+    d_query = to_tokens(plan, d_query.astype(query.dtype))
+    # The sums over queries are done; what is exchanged now is rounded, as the results are.
+    d_key, d_value = (_back_from_own_heads(plan, x.astype(key.dtype)) for x in (d_key, d_value))
+    return d_query, d_key, d_value
 
 
 # Keys and values around the outer ranks.
@@ -388,8 +405,18 @@ def _scattered(plan: _Plan, x: jax.Array) -> jax.Array:
     tiles = jnp.moveaxis(tiles, 2, 0)
     for axis in plan.outer:
         tiles = tiles.reshape(plan.mesh.shape[axis], -1, *tiles.shape[1:])
-        tiles = jax.lax.psum_scatter(tiles, axis, scatter_dimension=0)
+        if plan.mesh.shape[axis] == 2:
+            tiles = _sum_of_two(tiles, axis)
+        else:
+            tiles = jax.lax.psum_scatter(tiles, axis, scatter_dimension=0)
     return jax.lax.optimization_barrier(_untiled(tiles[0][:, :, None]))
+
+
+def _sum_of_two(halves: jax.Array, axis: str) -> jax.Array:
+    """Each of two ranks' half of the sum; the TPU compiler would have both sum up both halves, and rounded."""
+    rank = jax.lax.axis_index(axis)
+    own, other = (jax.lax.dynamic_index_in_dim(halves, place, keepdims=False) for place in (rank, 1 - rank))
+    return own + jax.lax.ppermute(other, axis, [(0, 1), (1, 0)])
 
 
 # Tokens against heads among the inner ranks.
@@ -438,16 +465,16 @@ def shared_head(x: jax.Array, tensor: tuple[str, ...], over: int) -> jax.Array:
     return x if over == 1 else jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(tensor) // over, 1, axis=2)
 
 
-def _back_from_own_heads(plan: _Plan, x: jax.Array, count: int) -> jax.Array:
-    """What :func:`_own_heads` is pulled back by: gradients of heads that were repeated are summed."""
-    x = to_tokens(plan, x)
+def _back_from_own_heads(plan: _Plan, x: jax.Array) -> jax.Array:
+    """What :func:`_own_heads` is pulled back by: gradients of heads that were repeated are summed, in float32."""
+    x, dtype = to_tokens(plan, x), x.dtype
     if plan.again > 1:
-        x = jnp.sum(x.reshape(*x.shape[:2], -1, plan.again, x.shape[-1]), axis=3)
+        x = jnp.sum(x.reshape(*x.shape[:2], -1, plan.again, x.shape[-1]), axis=3, dtype=jnp.float32)
     if plan.over > 1:
-        all_heads = jnp.zeros((*x.shape[:2], count, x.shape[-1]), x.dtype)
-        head = jax.lax.axis_index(plan.tensor) // plan.over
+        all_heads = jnp.zeros((*x.shape[:2], plan.kv_heads, x.shape[-1]), jnp.float32)
+        head, x = jax.lax.axis_index(plan.tensor) // plan.over, x.astype(jnp.float32)
         x = jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(all_heads, x, head, axis=2), plan.tensor)
-    return x
+    return x.astype(dtype)
 
 
 def _tiled(x: jax.Array, order: TokenOrder, length: int) -> jax.Array:

@@ -33,6 +33,7 @@ COLLECTIVES = (
 HOST_MEMORY = "S(5)"  # how the TPU compiler marks arrays that lie in the host's memory
 
 _SHAPE = re.compile(r"\b(" + "|".join(sorted(BITS, key=len, reverse=True)) + r")\[([\d,<=]*)\]")
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 
@@ -283,22 +284,28 @@ def device_groups(instruction: Instruction) -> tuple[tuple[int, ...], ...]:
     if not found:
         return ()
     rest = text[found.end() :]
-    if mesh := re.match(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
-        return _of_mesh(mesh[1], re.findall(r"'([^']+)'", mesh[2]))
-    if iota := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        shape, base = _numbers(iota[1]), _numbers(iota[2])
-        order = _numbers(iota[3]) if iota[3] else range(len(base))
-        grid = np.arange(math.prod(base)).reshape(base).transpose(*order).reshape(shape)
-        return tuple(tuple(int(one) for one in row) for row in grid.reshape(-1, shape[-1]))
+    if mesh := re.match(rf"mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))?\s*\{{([^}}]*)\}}", rest):
+        devices = _iota(mesh[2], mesh[3]) if mesh[2] else None
+        return _of_mesh(mesh[1], re.findall(r"'([^']+)'", mesh[4]), devices)
+    if iota := re.match(rf"\[([\d,]+)\]<={_IOTA}", rest):
+        rows = _iota(iota[2], iota[3]).reshape(-1, _numbers(iota[1])[-1])
+        return tuple(tuple(map(int, row)) for row in rows)
     listed = re.match(r"\{(\{.*?\})\}", rest)
     return _listed(listed[1]) if listed else ()
 
 
-def _of_mesh(axes: str, along: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Groups along some axes of a mesh that is written as ``'axis'=size,...``."""
+def _iota(base: str, order: str | None) -> np.ndarray:
+    """All devices' numbers, in the order that ``[base]T(order)`` stands for."""
+    sizes = _numbers(base)
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(_numbers(order) if order else None).ravel()
+
+
+def _of_mesh(axes: str, along: Sequence[str], devices: np.ndarray | None) -> tuple[tuple[int, ...], ...]:
+    """Groups along some axes of a mesh that is written as ``'axis'=size,...``, of these devices or of all in order."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     names = list(sizes)
-    grid = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    devices = np.arange(math.prod(sizes.values())) if devices is None else devices
+    grid = devices.reshape(tuple(sizes.values()))
     last = [names.index(name) for name in along]
     first = [index for index in range(len(names)) if index not in last]
     width = math.prod(sizes[name] for name in along)
