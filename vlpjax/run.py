@@ -112,7 +112,7 @@ class Run:
 
     @functools.cached_property
     def batch_shardings(self) -> dict[str, NamedSharding]:
-        """Where the fields of a batch lie: examples over the devices, and frames over sequence ranks that divide them."""
+        """Where the fields of a batch lie: examples over the devices, frames over sequence ranks that divide them."""
         places = dict.fromkeys(self.batch_shapes, self.layout.sharding("batch"))
         for name, (_, *axes) in self.experiment.batch_axes().items():
             sizes = self.batch_shapes[name].shape[1:] if name in places else ()

@@ -132,7 +132,9 @@ class BatchLayout:
 
     def globalize(self, local: Arrays) -> GlobalBatch:
         """Global arrays [batch_size, ...] out of the rows that this process has made."""
-        return {name: self._global(self.fields.get(name, self.sharding), array) for name, array in local.items()}
+        return {
+            name: self._global(self.fields.get(name, self.sharding), array) for name, array in local.items()
+        }
 
     def _global(self, sharding: NamedSharding, array: np.ndarray) -> jax.Array:
         shape = (self.batch_size, *array.shape[1:])

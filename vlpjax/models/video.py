@@ -19,7 +19,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def encode_frames(
     module: Module,
-    encode: Callable[[Module, Float[Array, "frames height width channels"]], Float[Array, "frames tokens width"]],
+    encode: Callable[
+        [Module, Float[Array, "frames height width channels"]], Float[Array, "frames tokens width"]
+    ],
     frames: Num[Array, "batch frames height width channels"],
     at_once: int,
 ) -> tuple[Float[Array, "batch visual width"], int]:
@@ -57,7 +59,9 @@ def encode_frames(
     if module.is_initializing():  # parameters do not depend on how many frames there are
         some = own
     parts = jnp.moveaxis(frames.reshape(batch, ranks, own // some, some, *form), 2, 0)
-    parts = constrain(parts, None, "batch", "sequence", *[None] * (len(form) + 1))  # [steps, B, R, some, H, W, C]
+    parts = constrain(
+        parts, None, "batch", "sequence", *[None] * (len(form) + 1)
+    )  # [steps, B, R, some, H, W, C]
 
     def run(module: Module, carry: None, part: jax.Array) -> tuple[None, jax.Array]:
         images = constrain(part.reshape(-1, *form), "frames", *[None] * len(form))

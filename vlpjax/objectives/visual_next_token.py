@@ -20,12 +20,12 @@ from vlpjax.parallel.order import TokenOrder
 class VisualNextToken(NextToken):
     """Cross-entropy of every word given the words and the frames before it.
 
-    The k-th placeholder of a row stands for the k-th token that the connector makes of the row's frames, in their order.
-    Rows with fewer frames than there is room for are filled up at the end; no placeholder stands for these.  Words
-    that follow a frame are asked for, placeholders are not.
+    The k-th placeholder of a row stands for the k-th token that the connector makes of the row's frames, in their
+    order.  Rows with fewer frames than there is room for are filled up at the end; no placeholder stands for these.
+    Words that follow a frame are asked for, placeholders are not.
 
-    On a mesh with sequence ranks, frames are dealt out over them and encoded where they lie, and only what the connector
-    makes of them moves (:mod:`vlpjax.parallel.frames`).
+    On a mesh with sequence ranks, frames are dealt out over them and encoded where they lie, and only what the
+    connector makes of them moves (:mod:`vlpjax.parallel.frames`).
 
     Attributes:
       image: name of the tower that encodes a frame, a :class:`vlpjax.models.vit.ViT`.

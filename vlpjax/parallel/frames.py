@@ -1,15 +1,15 @@
 """Visual tokens from the ranks that encoded their frames to the ranks where the decoder wants them.
 
 The frames of a video are dealt out over the sequence ranks, a run of frames to each, and encoded where they lie; the
-decoder's tokens lie in a :class:`vlpjax.parallel.order.TokenOrder`.  So nearly every visual token has to move, each once
-and to one place.  "LongVILA" (arXiv 2408.10188, section 3.3) forms the whole row on every rank instead, which moves the
-row as often as there are ranks.
+decoder's tokens lie in a :class:`vlpjax.parallel.order.TokenOrder`.  So nearly every visual token has to move, to one
+place.  "LongVILA" (arXiv 2408.10188, section 3.3) deals out frames and then tokens too, but forms the whole row on
+every rank in between.
 
 The k-th placeholder of a row takes its k-th visual token.  It gets there in two exchanges among R ranks:
 
 1. Token k goes to rank ``k % R``.  Every rank sends every other as much, whatever the rows say.
-2. From there it goes to the rank of its placeholder.  The placeholders of a tile are neighbours in k, so a rank holds at
-   most ``ceil(tile / R)`` of them, and sends no more to any tile.
+2. From there it goes to the rank of its placeholder.  The placeholders of a tile are neighbours in k, so a rank holds
+   at most ``ceil(tile / R)`` of them, and sends no more to any tile.
 
 One exchange alone would be uneven: the tokens of a frame all go to the one or two ranks that hold its tile.  After the
 first, both have a fixed size which no row can overflow: R of them are hardly more than a rank's own tokens.
@@ -226,7 +226,9 @@ def _arriving(plan: _Plan, tiles: _Tiles) -> tuple[jax.Array, jax.Array]:
     # The placeholders of a tile, in turn, before its other tokens.
     places = jnp.argsort(~tiles.own, axis=2, stable=True)  # [b, n, tile]
     rank = jnp.arange(ranks)[:, None, None]
-    i = (rank - first[:, None]) % ranks + jnp.arange(plan.run) * ranks  # [b, R, n, run], of the tile's placeholders
+    i = (rank - first[:, None]) % ranks + jnp.arange(
+        plan.run
+    ) * ranks  # [b, R, n, run], of the tile's placeholders
     found = jnp.sum(tiles.own, axis=2)[:, None, :, None]
     known = (i < found) & (first[:, None] + i < plan.count)
     rows = jnp.swapaxes(jnp.minimum(i, tile - 1), 1, 2).reshape(len(i), count, -1)  # [b, n, R run]
@@ -234,4 +236,3 @@ def _arriving(plan: _Plan, tiles: _Tiles) -> tuple[jax.Array, jax.Array]:
     back = jnp.swapaxes(place, 1, 2) + nth * tile
     back = jnp.where(known, back, count * tile)
     return there.reshape(len(there), -1), back.reshape(len(back), -1)
-

@@ -94,7 +94,9 @@ class Slideshows(LazySource):
         while shown < self.frames:
             drawn = rng.integers(len(self._opened), size=int(rng.integers(1, self.longest + 1)))
             names = [self._opened[picture][1] for picture in drawn]
-            ids = [self.placeholder] * (self.tokens_per_frame * len(drawn)) + [id for name in names for id in name]
+            ids = [self.placeholder] * (self.tokens_per_frame * len(drawn)) + [
+                id for name in names for id in name
+            ]
             # What does not fit ends the row, unless nothing would be in it.
             if used + len(ids) > self.length + 1 or shown + len(drawn) > self.frames:
                 if number:

@@ -54,7 +54,9 @@ class Frames(grain_transforms.Map):
         return {**element, self.field: video, self.tokens_field: tokens}
 
 
-def check_frames(shown: int, tokens: np.ndarray, frames: int, tokens_per_frame: int, placeholder: int) -> None:
+def check_frames(
+    shown: int, tokens: np.ndarray, frames: int, tokens_per_frame: int, placeholder: int
+) -> None:
     """Whether a row's placeholders are as many as its frames have visual tokens.
 
     Args:
