@@ -1,4 +1,4 @@
-"""Trains a decoder on long videos: frames are encoded where they lie, and one row holds as many as the pod has room for.
+"""Trains a decoder on long videos: frames are encoded where they lie, tokens lie where attention wants them.
 
 python -m vlpjax.main --config=experiments/decoders/long_video.py --workdir=runs/long_video
 
@@ -43,8 +43,8 @@ LENGTH = 2_097_152  # tokens of a row of ``paper``
 FRAMES = 10_240  # of it, 2,007,040 tokens; the rest are words
 PER_FRAME = 196  # visual tokens: 14 x 14 of the tower's 27 x 27 patches
 PLACEHOLDER = 128_002  # the first of Llama 3's reserved tokens
-# The keys of 2 million tokens are gathered by heads within 8 neighbours and passed around, or gathered, among 32 such
-# groups.  Parameters lie in 32 pieces: the tower's 1,152 features cannot be cut into 256.
+# Each of 8 neighbours takes the heads that share one head of keys, of all their tokens.  Parameters lie in 32 pieces,
+# because the tower's 1,152 features cannot be cut into 256.
 POD = (
     r"tpu-TPU v5p?-256",
     {
@@ -99,8 +99,8 @@ def paper(config: Config) -> Config:
     config.plan.attention_share = 0.5  # causal
     config.towers = dict(
         image=spec(
-            ViT, image_size=384, patch=14, patch_crop=True, patch_bias=True, width=1152, depth=27, heads=16, mlp_dim=4304,
-            activation="gelu_tanh", pre_norm=False, final_norm=True, pool="none", scan=True, remat="attention",
+            ViT, image_size=384, patch=14, patch_crop=True, patch_bias=True, width=1152, depth=27, heads=16,
+            mlp_dim=4304, activation="gelu_tanh", pre_norm=False, pool="none", scan=True, remat="full",
         ),
         connector=connector(grid=14, width=4096),
         decoder=spec(
