@@ -81,8 +81,8 @@ def cells(decoder: Decoder, length: int, chip: Chip, options: argparse.Namespace
     picked = choose(problem, chip, efficiency=options.efficiency).scheme
     head_dim = decoder.head_dim or decoder.width // decoder.heads
     kept = decoder.width + (problem.heads + 2 * problem.kv_heads) * head_dim
-    table = decoder.width * decoder.vocabulary
-    state = 16 * (weights_of(decoder) + (0 if decoder.tied else table)) / options.chips
+    embedding = 0 if decoder.tied else decoder.width * decoder.vocabulary
+    state = 16 * (weights_of(decoder) + embedding) / options.chips
     held = state + decoder.depth * tokens * kept * problem.item
     rest = 8 * weights_of(decoder) * tokens / (chip.bf16_flops * options.products)
     found = []
@@ -114,7 +114,8 @@ def table(decoder: Decoder, chip: Chip, options: argparse.Namespace) -> str:
             slower = f"   {layer.time / best - 1:.1%} slower than the fastest" if cell.picked else ""
             lines.append(
                 f"{head}{layer.moved / 1e9:>10.2f}{layer.links * 1e3:>10.1f}{layer.exposed * 1e3:>12.1f}"
-                f"{layer.time * 1e3:>10.1f}{layer.memory / 1e9:>12.2f}{cell.memory / 1e9:>11.1f}{cell.step:>9.2f}{slower}"
+                f"{layer.time * 1e3:>10.1f}{layer.memory / 1e9:>12.2f}{cell.memory / 1e9:>11.1f}{cell.step:>9.2f}"
+                f"{slower}"
             )
     return "\n".join(lines)
 
