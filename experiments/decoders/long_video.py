@@ -106,7 +106,7 @@ def paper(config: Config) -> Config:
         decoder=spec(
             Decoder, vocabulary=128_256, width=4096, depth=32, heads=32, kv_heads=8, mlp_dim=14_336, epsilon=1e-5,
             rotary=spec(Rotary, base=3_580_165_449.0), length=LENGTH, tied=False, scan=True,
-            remat="save:attention_out,attention_lse,key,value",
+            remat="tensors",
         ),
     )  # fmt: skip
     config.objectives = objective(placeholder=PLACEHOLDER, chunk=1024, frames_at_once=20)
