@@ -114,12 +114,11 @@ class Run:
     def batch_shardings(self) -> dict[str, NamedSharding]:
         """Where the fields of a batch lie: examples over the devices, frames over sequence ranks that divide them."""
         places = dict.fromkeys(self.batch_shapes, self.layout.sharding("batch"))
-        for name, (_, *axes) in self.experiment.batch_axes().items():
-            sizes = self.batch_shapes[name].shape[1:] if name in places else ()
-            pairs = zip(axes, sizes, strict=False)
-            own = [axis if axis and self._divides(axis, size) else None for axis, size in pairs]
-            if name in places:
-                places[name] = self.layout.sharding("batch", *own)
+        wanted = self.experiment.batch_axes()
+        for name in wanted.keys() & places.keys():  # an objective itself says which field it misses
+            pairs = zip(wanted[name][1:], self.batch_shapes[name].shape[1:], strict=False)
+            own = (axis if axis and self._divides(axis, size) else None for axis, size in pairs)
+            places[name] = self.layout.sharding("batch", *own)
         return places
 
     def _divides(self, axis: str, size: int) -> bool:
