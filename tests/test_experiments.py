@@ -200,7 +200,7 @@ def test_every_golden_file_has_its_experiment(write_golden):
 def test_two_steps(experiment):
     run = Run.from_config(shrunk(config_of(experiment)))
     assert set(prepare_evaluators(run)) == set(run.config.evaluators)
-    shardings, batch_sharding = run.abstract[1], run.layout.sharding("batch")
+    shardings, batch_sharding = run.abstract[1], run.batch_shardings
     step = make_train_step(run.experiment, run.layout, shardings, batch_sharding)
     state = drawn(run)
     before = jax.device_get(state.params)

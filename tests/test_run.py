@@ -6,9 +6,10 @@ import re
 from typing import Any
 
 import pytest
+from jax.sharding import PartitionSpec
 
 from tests.tiny import BATCH, LENGTH, SIZE, STEPS, run_config
-from vlpjax.config import Config, spec
+from vlpjax.config import Config, load, spec
 from vlpjax.data.pipeline import Pipeline
 from vlpjax.data.sources import WebDataset
 from vlpjax.describe import describe
@@ -68,6 +69,22 @@ def test_a_run_is_described_where_its_data_is_not() -> None:
     sizes = [int(line[4].replace(",", "")) for line in rows]
     (total,) = [line for line in lines if line[0] == "all"]
     assert total[2] == f"{sum(sizes):,}"
+
+
+def test_frames_lie_over_the_sequence_ranks_that_divide_them() -> None:
+    config = load("experiments/decoders/long_video.py")
+    config.mesh.fsdp, config.mesh.ring, config.mesh.ulysses = 2, 2, 2
+    places = Run.from_config(config).batch_shardings
+    assert places["video"].spec == PartitionSpec(("fsdp",), ("ring", "ulysses"))
+    assert places["tokens"].spec == places["index"].spec == PartitionSpec(("fsdp",))
+    config.data.train.source.frames = 6
+    assert Run.from_config(config).batch_shardings["video"].spec == PartitionSpec(("fsdp",), None)
+
+
+def test_examples_that_are_declared_are_not_made() -> None:
+    config = load("experiments/decoders/long_video.py:paper")
+    shapes = Run.from_config(config, data=False).batch_shapes
+    assert shapes["video"].shape == (1, 10_240, 384, 384, 3)  # 4.5 GB
 
 
 def test_what_is_declared_and_is_not_so_is_told_where_the_data_is() -> None:

@@ -164,7 +164,7 @@ def our_turn(config: Config, batch_size: int) -> tuple[Turn, int, Batch]:
     config.data.train.batch_size = batch_size
     run = Run.from_config(config, data=False)
     batch = random_batch(run)
-    shardings, batch_sharding = run.abstract[1], run.layout.sharding("batch")
+    shardings, batch_sharding = run.abstract[1], run.batch_shardings
     state = jax.jit(lambda: initial_state(run.experiment, batch), out_shardings=shardings)()
     step = make_train_step(run.experiment, run.layout, shardings, batch_sharding)
     placed = jax.device_put(batch, batch_sharding)

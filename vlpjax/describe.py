@@ -120,8 +120,7 @@ def step_costs(run: Run) -> dict[str, float]:
     Loops are counted once by XLA, so with ``accumulate`` above 1 the FLOPs are those of one micro-batch's turn.
     """
     abstract, shardings = run.abstract
-    batch_sharding = run.layout.sharding("batch")
-    step: Any = make_train_step(run.experiment, run.layout, shardings, batch_sharding)
+    step: Any = make_train_step(run.experiment, run.layout, shardings, run.batch_shardings)
     compiled = step.lower(abstract, run.batch_shapes).compile()
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
     return {

@@ -101,6 +101,11 @@ class Experiment:
             for head, constraint in objective.constraints().items()
         }
 
+    def batch_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Per field of the batch, the logical axes that objectives want it to lie along, beside the batch's."""
+        wanted = (objective.batch_axes() for _, objective in self.objectives.values())
+        return {name: axes for fields in wanted for name, axes in fields.items()}
+
     def run_objectives(
         self,
         towers: Towers,
@@ -232,6 +237,8 @@ def _build_module(node: ConfigDict, dtype: str) -> nn.Module:
     """Builds a tower; the compute type goes to every module that has a ``dtype`` and does not set it."""
 
     def with_dtype(item: Any) -> Any:
+        if isinstance(item, (tuple, list)):
+            return tuple(with_dtype(one) for one in item)
         if not isinstance(item, ConfigDict):
             return item
         filled = {key: with_dtype(item[key]) for key in item}

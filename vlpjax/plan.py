@@ -124,7 +124,7 @@ def compile_step(run: Run, make: Any) -> Any:
       UserError: the compiler refuses the program; its first sentence is passed on.
     """
     abstract, shardings = run.abstract
-    step = make(run.experiment, run.layout, shardings, run.layout.sharding("batch"))
+    step = make(run.experiment, run.layout, shardings, run.batch_shardings)
     lowered = step.lower(abstract, run.batch_shapes)
     try:
         return lowered.compile()
@@ -176,7 +176,7 @@ def memory_of(run: Run, program: Any, chip: Chip) -> Memory:
         name: _local_bytes(getattr(abstract, name), getattr(shardings, name))
         for name in ("params", "optimizer", "teachers", "objectives", "statistics")
     }
-    held = _local_bytes(run.batch_shapes, run.layout.sharding("batch"))
+    held = _local_bytes(run.batch_shapes, run.batch_shardings)
     host = found.host_argument_size_in_bytes + found.host_temp_size_in_bytes
     return Memory(
         peak=float(found.peak_memory_in_bytes),

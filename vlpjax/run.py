@@ -6,12 +6,14 @@ Training, evaluation and ``describe`` all begin with it.  Nothing is computed an
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from vlpjax.config import Config, apply_overrides, build, suggest
@@ -87,7 +89,14 @@ class Run:
 
     @staticmethod
     def _shapes(pipeline: Pipeline) -> dict[str, jax.ShapeDtypeStruct]:
-        row, size = pipeline.batch(0, rows=[0]), pipeline.batch_size
+        size = pipeline.batch_size
+        if isinstance(pipeline.source, Declared):
+            fields = {**pipeline.source.shapes(), "index": ((), "int32")}
+            return {
+                name: jax.ShapeDtypeStruct((size, *shape), np.dtype(dtype))
+                for name, (shape, dtype) in fields.items()
+            }
+        row = pipeline.batch(0, rows=[0])
         return {name: jax.ShapeDtypeStruct((size, *np.shape(x)[1:]), x.dtype) for name, x in row.items()}
 
     @functools.cached_property
@@ -100,6 +109,20 @@ class Run:
         abstract, shardings = abstract_state(self.experiment, self.batch_shapes, self.layout)
         check_replicated(abstract.params, shardings.params, self.layout)
         return abstract, shardings
+
+    @functools.cached_property
+    def batch_shardings(self) -> dict[str, NamedSharding]:
+        """Where the fields of a batch lie: examples over the devices, frames over sequence ranks that divide them."""
+        places = dict.fromkeys(self.batch_shapes, self.layout.sharding("batch"))
+        wanted = self.experiment.batch_axes()
+        for name in wanted.keys() & places.keys():  # an objective itself says which field it misses
+            pairs = zip(wanted[name][1:], self.batch_shapes[name].shape[1:], strict=False)
+            own = (axis if axis and self._divides(axis, size) else None for axis, size in pairs)
+            places[name] = self.layout.sharding("batch", *own)
+        return places
+
+    def _divides(self, axis: str, size: int) -> bool:
+        return size % math.prod(self.layout.mesh.shape[name] for name in self.layout.rules[axis]) == 0
 
     def every(self, duration: str, what: str) -> int:
         """A duration as steps, at least 1; empty never comes due."""

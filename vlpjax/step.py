@@ -25,6 +25,7 @@ from vlpjax.state import TrainState, state_shardings
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
+BatchShardings = NamedSharding | Mapping[str, NamedSharding]  # of all fields, or per field
 
 
 def initial_state(experiment: Experiment, batch: Any) -> TrainState:
@@ -51,7 +52,7 @@ def abstract_state(experiment: Experiment, batch: Any, layout: Layout) -> tuple[
 
 
 def make_train_step(
-    experiment: Experiment, layout: Layout, shardings: TrainState, batch_sharding: NamedSharding
+    experiment: Experiment, layout: Layout, shardings: TrainState, batch_sharding: BatchShardings
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step; the old state's memory is reused, and every leaf's sharding is pinned on both sides."""
 
@@ -69,7 +70,7 @@ def make_train_step(
 
 
 def make_loss_step(
-    experiment: Experiment, layout: Layout, shardings: TrainState, batch_sharding: NamedSharding
+    experiment: Experiment, layout: Layout, shardings: TrainState, batch_sharding: BatchShardings
 ) -> Callable[[TrainState, Batch], jax.Array]:
     """The jitted forward pass: the weighted loss of a batch, with no gradient and no update."""
 

@@ -61,9 +61,7 @@ def _train(run: Run, workdir: str, command: Sequence[str], clock: Clock) -> Trai
     evaluators = prepare_evaluators(run)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     state, start = restore_or_initialize(run, checkpoints, clock)
-    train_step: Any = make_train_step(
-        run.experiment, run.layout, run.abstract[1], run.layout.sharding("batch")
-    )
+    train_step: Any = make_train_step(run.experiment, run.layout, run.abstract[1], run.batch_shardings)
     total, batch_size = run.total_steps, run.pipeline.batch_size
     log_every = run.every(config.log.every, "config.log.every")
     save_every = run.every(config.checkpoint.every, "config.checkpoint.every")
@@ -71,7 +69,7 @@ def _train(run: Run, workdir: str, command: Sequence[str], clock: Clock) -> Trai
     with (
         MetricWriter(workdir, start or None, enabled=writes) as writer,
         Progress(total, start, title=config.name, enabled=writes) as progress,
-        feed(run.pipeline, run.layout.sharding("batch"), start, total) as batches,
+        feed(run.pipeline, run.batch_shardings, start, total) as batches,
         trace(workdir, parse_profile(config.profile)) as profiler,
     ):
         _introduce(run, progress, start, command, workdir if writes else "")

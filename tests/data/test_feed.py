@@ -39,6 +39,14 @@ class Numbers:
 
 
 @dataclasses.dataclass(frozen=True)
+class Wide(Numbers):
+    """Records whose values differ along their last axis."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"values": np.arange(8, dtype=np.float32).reshape(2, 4) + index, "label": index}
+
+
+@dataclasses.dataclass(frozen=True)
 class Noise(grain_transforms.RandomMap):
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return {**element, "noise": rng.random()}
@@ -75,6 +83,19 @@ def test_the_batch_can_lie_over_several_axes():
         _, batch, _ = next(stream)
     assert batch["values"].addressable_shards[0].data.shape == (2, 2, 3)
     np.testing.assert_array_equal(np.asarray(batch["label"]), pipeline().batch(0)["label"])
+
+
+def test_fields_can_lie_over_axes_of_their_own():
+    over = mesh(2, 4)
+    rows, spread = (NamedSharding(over, PartitionSpec("data", *axes)) for axes in ((), (None, "model")))
+    wide = pipeline(source=Wide())
+    with feed(wide, {"values": spread, "label": rows}) as stream:
+        _, batch, _ = next(stream)
+    assert batch["values"].sharding.is_equivalent_to(spread, 3)
+    assert batch["values"].addressable_shards[0].data.shape == (8, 2, 1)
+    assert batch["noise"].sharding.is_equivalent_to(rows, 1)
+    for name, array in batch.items():
+        np.testing.assert_array_equal(np.asarray(array), wide.batch(0)[name])
 
 
 def test_a_process_makes_only_the_rows_of_its_devices(monkeypatch):

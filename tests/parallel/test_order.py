@@ -31,6 +31,14 @@ def test_a_rank_holds_its_tokens_in_ascending_order(order: TokenOrder) -> None:
         assert np.all(np.diff(order.positions_of(rank, LENGTH)) > 0)
 
 
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_every_tile_is_found_with_its_holder(order: TokenOrder) -> None:
+    count, tile = order.tiles(LENGTH)
+    rank, nth = order.holder(jnp.arange(count * order.ranks), LENGTH)
+    places = np.asarray((rank * count + nth) * tile)
+    np.testing.assert_array_equal(order.permutation(LENGTH)[places], np.arange(0, LENGTH, tile))
+
+
 def test_the_orders_are_those_of_their_descriptions() -> None:
     assert list(TokenOrder("contiguous", 2).permutation(8)) == [0, 1, 2, 3, 4, 5, 6, 7]
     assert list(TokenOrder("zigzag", 2).permutation(8)) == [0, 1, 6, 7, 2, 3, 4, 5]

@@ -6,7 +6,7 @@ in the stream only, the global batch is the same on every mesh.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
 from typing import NamedTuple, Self
@@ -30,12 +30,18 @@ class HostReport(NamedTuple):
     bad: tuple[Replacement, ...]
 
 
-def feed(pipeline: Pipeline, sharding: NamedSharding, start_step: int = 0, stop: int | None = None) -> Feed:
+def feed(
+    pipeline: Pipeline,
+    sharding: NamedSharding | Mapping[str, NamedSharding],
+    start_step: int = 0,
+    stop: int | None = None,
+) -> Feed:
     """Iterator of ``(step, {name: global array}, HostReport)`` from `start_step` to before `stop`.
 
     Args:
       pipeline: where the batches come from.
-      sharding: says how dimension 0, the batch, is laid out over the mesh; other dimensions are whole.
+      sharding: says how dimension 0, the batch, is laid out over the mesh; other dimensions are whole.  Or a sharding
+        per field, which agree in dimension 0 and may lay out other dimensions too.
       start_step: the first step.
       stop: the first step that is not returned; by default the stream goes on, or ends with the source.
 
@@ -48,7 +54,13 @@ def feed(pipeline: Pipeline, sharding: NamedSharding, start_step: int = 0, stop:
 class Feed(Iterator[tuple[int, GlobalBatch, HostReport]]):
     """See `feed`.  A thread waits for the next batch and sends it to the devices while a step is computed."""
 
-    def __init__(self, pipeline: Pipeline, sharding: NamedSharding, start_step: int, stop: int | None):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        sharding: NamedSharding | Mapping[str, NamedSharding],
+        start_step: int,
+        stop: int | None,
+    ):
         self.layout = BatchLayout(pipeline.batch_size, sharding)
         self._stream = pipeline.batches(start_step, rows=self.layout.rows, stop=stop)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vlpjax-feed")
@@ -93,12 +105,14 @@ class BatchLayout:
     """Which rows of the global batch this process needs, and how they go to its devices.
 
     Attributes:
-      sharding: the sharding of every array of the batch.
+      sharding: of dimension 0 of every array of the batch; ``fields`` are those of arrays that were given their own.
       rows: the rows that the devices of this process hold, in ascending order.
       places: per device, which part of these rows it holds.
     """
 
-    def __init__(self, batch_size: int, sharding: NamedSharding):
+    def __init__(self, batch_size: int, sharding: NamedSharding | Mapping[str, NamedSharding]):
+        self.fields = {} if isinstance(sharding, NamedSharding) else dict(sharding)
+        sharding = sharding if isinstance(sharding, NamedSharding) else next(iter(self.fields.values()))
         axes = sharding.spec[0] if len(sharding.spec) else None
         names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
         shards = int(np.prod([sharding.mesh.shape[name] for name in names], initial=1))
@@ -118,12 +132,14 @@ class BatchLayout:
 
     def globalize(self, local: Arrays) -> GlobalBatch:
         """Global arrays [batch_size, ...] out of the rows that this process has made."""
-        devices, places = list(self.places), list(self.places.values())
         return {
-            name: jax.make_array_from_single_device_arrays(
-                (self.batch_size, *array.shape[1:]),
-                self.sharding,
-                jax.device_put([array[place] for place in places], devices),
-            )
-            for name, array in local.items()
+            name: self._global(self.fields.get(name, self.sharding), array) for name, array in local.items()
         }
+
+    def _global(self, sharding: NamedSharding, array: np.ndarray) -> jax.Array:
+        shape = (self.batch_size, *array.shape[1:])
+        held = sharding.addressable_devices_indices_map(shape)
+        parts = [array[(place, *(held[device] or ())[1:])] for device, place in self.places.items()]
+        return jax.make_array_from_single_device_arrays(
+            shape, sharding, jax.device_put(parts, list(self.places))
+        )

@@ -20,24 +20,45 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlpjax.data.tiling import NEWLINE, NOTHING, Tiling
 from vlpjax.errors import UserError
+from vlpjax.mesh import active_layout
 from vlpjax.models.decoder import Decoder, prefix_causal
 from vlpjax.models.generate import Generation, generate
 from vlpjax.models.layers import KeyValues, named
 from vlpjax.parallel.attention import Interval
+from vlpjax.parallel.frames import place_tokens
+from vlpjax.parallel.order import TokenOrder
+from vlpjax.parallel.sequence import sequence_ranks
 
 
 def insert_images(
     embeddings: Float[Array, "batch tokens width"],
     placeholders: Bool[Array, "batch tokens"],
     image_tokens: Float[Array, "batch image_tokens width"],
+    *,
+    order: TokenOrder | None = None,
+    count: int | None = None,
 ) -> Float[Array, "batch tokens width"]:
     """The k-th placeholder of each row becomes the row's k-th image token.
 
     Image tokens for which there is no placeholder are left out (rows without an image have none).  A placeholder for
     which there is no image token becomes NaN: a compiled program cannot raise, and this is seen in the first loss.
+
+    Args:
+      embeddings, placeholders: of the row's tokens, in ``order``.
+      image_tokens: in the row's own order; on a mesh with sequence ranks a part of them lies on each, and they are
+        brought to their places by :func:`vlpjax.parallel.frames.place_tokens`.
+      order: how the row's tokens lie over the sequence ranks; None is the row's own order.
+      count: how many of the image tokens there are to take, the first ones; None is all.
     """
-    index = jnp.maximum(jnp.cumsum(placeholders, axis=1) - 1, 0)[..., None]
-    found = jnp.take_along_axis(image_tokens, index, axis=1, mode="fill", fill_value=jnp.nan)
+    if order is not None and sequence_ranks(active_layout()) > 1:
+        placed = place_tokens(image_tokens.astype(embeddings.dtype), placeholders, order, count)
+        return jnp.where(placeholders[..., None], placed, embeddings)
+    numbers = placeholders if order is None else order.unpermute(placeholders, 1)
+    index = jnp.maximum(jnp.cumsum(numbers, axis=1) - 1, 0)
+    index = index if order is None else order.permute(index, 1)
+    found = jnp.take_along_axis(
+        image_tokens[:, :count], index[..., None], axis=1, mode="fill", fill_value=jnp.nan
+    )
     return jnp.where(placeholders[..., None], found.astype(embeddings.dtype), embeddings)
 
 

@@ -232,6 +232,10 @@ class Objective:
         """Per name of a head, what its parameters pass through after every update, such as :func:`clipped`."""
         return {}
 
+    def batch_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Per field of the batch, the logical axes of its first dimensions, where they are more than ``"batch"``."""
+        return {}
+
     def initial_state(self, key: jax.Array) -> Any:
         """The state before the first step: a tree of arrays, empty by default.
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from vlpjax.errors import UserError
 from vlpjax.models.vocabulary_loss import vocabulary_loss
 from vlpjax.objectives.base import BatchCoupled, Context, Loss
+from vlpjax.parallel.order import TokenOrder
 from vlpjax.parallel.sequence import active_order, lay_out
 
 
@@ -62,13 +63,13 @@ class NextToken(BatchCoupled):
                 )
             packed["segment_ids"] = segments[:, :-1]
             weights = ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)).astype(jnp.float32)
+        weights = weights * self._asked(labels)
         # Rows may lie over several devices; what is one per token is dealt out now, after labels were shifted.
         order = active_order(labels.shape[1])
         inputs, labels, weights = lay_out(order, inputs, labels, weights)
         packed = {name: lay_out(order, x)[0] for name, x in packed.items()}
-        found = context.student.call(
-            self.decoder, inputs, **packed, order=order, logits=False, train=context.train
-        )
+        given = {**self._given(context, inputs, order), **packed}
+        found = context.student.call(self.decoder, **given, order=order, logits=False, train=context.train)
         tower = context.student[self.decoder]
         _, each = vocabulary_loss(
             found["tokens"],
@@ -88,6 +89,16 @@ class NextToken(BatchCoupled):
     def tokens(self, batch: Mapping[str, Any]) -> int:
         """All but the first of a row, which nothing predicts."""
         return int(batch[self.field].shape[1]) - 1
+
+    def _asked(self, labels: jax.Array) -> jax.Array | float:
+        """Factor of the weights of these labels."""
+        del labels
+        return 1.0
+
+    def _given(self, context: Context, inputs: jax.Array, order: TokenOrder | None) -> dict[str, Any]:
+        """What the decoder reads: ids, which lie in ``order``, or what they stand for."""
+        del context, order
+        return {"ids": inputs}
 
     def compare(self, features: dict[str, jax.Array], context: Context) -> Loss:
         del context

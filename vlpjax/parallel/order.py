@@ -118,6 +118,14 @@ class TokenOrder:
         """What groups of ``size`` neighbouring ranks hold together, as an order of its own."""
         return TokenOrder(self.kind, self.ranks // size, self.tile * size)
 
+    def holder(self, tile: Int[Array, "*tiles"], length: int) -> tuple[jax.Array, jax.Array]:
+        """Who holds a tile of the row: the rank, and which of the rank's tiles it is."""
+        self.check(length)
+        nth, rank = tile // self.ranks, tile % self.ranks
+        if self.kind == "zigzag":
+            rank = jnp.where(nth == 1, self.ranks - 1 - rank, rank)
+        return rank, nth
+
     def before(
         self, index: Int[Array, "*leading"], rank: Int[Array, ""] | int, length: int
     ) -> Int[Array, "*leading"]:

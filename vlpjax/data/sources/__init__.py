@@ -10,6 +10,7 @@ from vlpjax.data.sources.neighbors import WithNeighbors
 from vlpjax.data.sources.order import cursors, draw, locate, permute
 from vlpjax.data.sources.parquet import Parquet
 from vlpjax.data.sources.scenes import Scenes
+from vlpjax.data.sources.slideshows import Slideshows
 from vlpjax.data.sources.tfds import TFDS
 from vlpjax.data.sources.token_rows import PackedTexts, TokenFiles
 from vlpjax.data.sources.webdataset import WebDataset
@@ -28,6 +29,7 @@ __all__ = [
     "PackedTexts",
     "Parquet",
     "Scenes",
+    "Slideshows",
     "Source",
     "TokenFiles",
     "WebDataset",

@@ -38,7 +38,11 @@ class Declared:
 
     def __getitem__(self, index: SupportsIndex) -> Example:
         checked_index(index, self.examples, self)
-        return {name: np.zeros(*_declared(name, text)) for name, text in self.example.items()}
+        return {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.shapes().items()}
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and type of every field; examples of a long video are too large to be made for that."""
+        return {name: _declared(name, text) for name, text in self.example.items()}
 
     def describe(self, index: int) -> str:
         return f"declared example {index}"

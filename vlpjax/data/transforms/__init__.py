@@ -1,6 +1,6 @@
 """Transforms of single examples: flat dicts in, flat dicts out.
 
-See the modules of this folder: `appearance`, `fields`, `images`, `order`, `pairs`, `text_augment`, `texts`,
+See the modules of this folder: `appearance`, `fields`, `frames`, `images`, `order`, `pairs`, `text_augment`, `texts`,
 `tiles` and `views`.
 """
 
@@ -15,6 +15,7 @@ from vlpjax.data.transforms.appearance import (
     Solarize,
 )
 from vlpjax.data.transforms.fields import Drop, Keep, Rename
+from vlpjax.data.transforms.frames import Frames
 from vlpjax.data.transforms.images import (
     CenterCrop,
     Decode,
@@ -35,7 +36,7 @@ from vlpjax.data.transforms.views import Views
 
 __all__ = [
     "CenterCrop", "ColorJitter", "Decode", "DrawCaption", "Drop", "EasyAugment", "FixedCaption",
-    "GaussianBlur", "Grayscale", "Invert", "Keep", "Normalize", "Outline", "OverlappingCrops", "Pad",
+    "Frames", "GaussianBlur", "Grayscale", "Invert", "Keep", "Normalize", "Outline", "OverlappingCrops", "Pad",
     "Perturb", "RandAugment", "RandomAffine", "RandomErasing", "RandomFlip", "RandomResizedCrop",
     "RemoveStopWords", "Rename", "Resize", "Solarize", "SwappedCaption", "Tiles", "Tokenize",
     "TranslatedName", "Trim", "Views",
