@@ -3,8 +3,8 @@
     python tools/kernel_cycles.py --topology v5e:2x2 v5p:2x2x1 v6e:2x2 TPU7x:2x2x1
 
 prints, per chip and kernel, the instruction bundles of the turn that computes one tile of logits, without and with
-masks: the table of ``vlpjax/planning/kernels.py``.  No TPU is needed; the compiler is asked to write the bundles that it
-packs, one a cycle, into a folder that is removed afterwards.
+masks: the table of ``vlpjax/planning/kernels.py``.  No TPU is needed; the compiler is asked to write the bundles that
+it packs, one a cycle, into a folder that is removed afterwards.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works from a checkout that is not installed
 
-from vlpjax.errors import UserError
-from vlpjax.planning import topology
-from vlpjax.planning.report import table
+from vlpjax.errors import UserError  # noqa: E402
+from vlpjax.planning import topology  # noqa: E402
+from vlpjax.planning.report import table  # noqa: E402
 
 PROGRAM = """
 import sys

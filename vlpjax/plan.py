@@ -3,8 +3,8 @@
 The experiment's real train step is compiled by the real TPU compiler for a topology that is not there.  Nothing that
 the compiler knows is guessed: memory is its own account, time is its estimate of every instruction, played along its
 own schedule (:mod:`vlpjax.planning.schedule`).  What it does not know is priced by published figures
-(:mod:`vlpjax.hardware`): links, and attention kernels by the bundles of their loops (:mod:`vlpjax.planning.kernels`), or
-at an efficiency that the config states where these are not known.
+(:mod:`vlpjax.hardware`): links, and attention kernels by the bundles of their loops
+(:mod:`vlpjax.planning.kernels`), or at an efficiency that the config states where these are not known.
 """
 
 from __future__ import annotations

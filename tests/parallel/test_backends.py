@@ -49,7 +49,7 @@ CHOICES: dict[str, tuple[dict[str, Any], str, dict[str, str]]] = {
     "long on a TPU": ({}, "tpu_flash", {"cudnn": "it needs a GPU"}),
     "short on a TPU": (dict(queries=256, keys=256), "dense", {"tpu_short": "here 8 share 2"}),
     "images on a TPU": (dict(queries=256, keys=256, kv_heads=8), "tpu_short", {"cudnn": "it needs a GPU"}),
-    "texts on a TPU": (dict(queries=64, keys=64, kv_heads=8), "dense", {"tpu_short": "16384 logits per head where 4096"}),
+    "texts on a TPU": (dict(queries=64, keys=64, kv_heads=8), "dense", {"tpu_short": "16384 logits per head"}),
     "one new token of a long row": (dict(queries=1), "dense", {}),
     "half precision on a TPU": (dict(dtypes=("float16",)), "chunked", {"tpu_flash": "takes bfloat16 or float32"}),
     "mixed types on a TPU": (dict(dtypes=("float32", "bfloat16")), "chunked", {"tpu_flash": "float32 and bfloat16"}),

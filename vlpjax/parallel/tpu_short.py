@@ -1,9 +1,8 @@
 """Attention of short sequences for TPUs, in Pallas: all logits of a head at once, which never leave the core.
 
-An image of 256 patches has 256 x 256 logits per head: the dense form writes them to memory and reads them again several
-times, and between the matrix products of a vision tower that takes longer than the products do.  Tiles of
-:mod:`vlpjax.parallel.tpu_flash` are made for long rows; here a grid step holds a whole example, several heads of it, and
-the backward pass is one kernel of five products that recomputes the weights from the log-sum-exp.
+An image of 256 patches has 256 x 256 logits per head, which the dense form writes to memory and reads again several
+times.  Tiles of :mod:`vlpjax.parallel.tpu_flash` are made for long rows; here a grid step holds several heads of an
+example, and the backward pass is one kernel of five products that recomputes the weights from the log-sum-exp.
 
 Logits of the backward pass stand transposed, [keys, queries]: numbers per query are rows, and of the five products only
 that of the queries' gradient needs a transposed operand.
@@ -22,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from vlpjax.parallel.attention import Interval
-from vlpjax.parallel.tpu_kernels import HIDDEN, LANES, each, product
+from vlpjax.parallel.tpu_kernels import HIDDEN, LANES, product
 
 VMEM = 48 * 2**20  # bytes that a kernel may use; the smallest TPU core (TPU7x) has 64 MB
 BLOCKS = 24 * 2**20  # and those of its inputs and outputs, which are fetched while others are worked on
@@ -134,7 +133,7 @@ def _forward(whole: Any, interval: Any, query: Any, key: Any, value: Any, mixed:
             mixed[index] = (sums * weight).astype(mixed.dtype)
             lse[index] = jnp.transpose(jnp.broadcast_to(log, (log.shape[0], LANES)))[0:1]
 
-        each(query.shape[0], head)
+        _each(query.shape[0], head)
 
     _whole_or_masked(whole, body)
 
@@ -161,9 +160,14 @@ def _backward(
             key_out[index] = product(by_logit, query[index], (1, 0)).astype(key_out.dtype)
             query_out[index] = (product(by_logit, key[index], (0, 0)) * scale).astype(query_out.dtype)
 
-        each(query.shape[0], head)
+        _each(query.shape[0], head)
 
     _whole_or_masked(whole, body)
+
+
+def _each(heads: int, body: Any) -> None:
+    """Runs ``body`` for each head, two in a turn where they are even: one's softmax fills the other's products."""
+    lax.fori_loop(0, heads, lambda head, _: body(head), None, unroll=2 if heads % 2 == 0 else 1)
 
 
 def _whole_or_masked(whole: Any, body: Any) -> None:
