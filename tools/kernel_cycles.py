@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--topology", nargs="+", default=["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "TPU7x:2x2x1"])
     given = parser.parse_args(arguments)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     try:
         topology.require_compiler()
         for name in given.topology:
@@ -92,7 +92,8 @@ def kernels_of(name: str) -> list[tuple[str, str, str]]:
             kernel = re.search(r"-((?:interval_flash|short_attention)_\w+)\.\d+-\d+-final_bundles", file.name)
             if kernel and "schedule" not in file.name:
                 turns = sorted(sorted(turns_in(file.read_text(encoding="utf-8")))[-2:])
-                found.append((kernel[1], *map(str, turns)))
+                whole, masked = turns
+                found.append((kernel[1], str(whole), str(masked)))
         return found
 
 
