@@ -4,11 +4,15 @@
         --compare "mesh.fsdp=256" "mesh.fsdp=64,mesh.tensor=4" "accumulate=4"
     python tools/plan.py --config=experiments/contrastive/siglip.py:paper --topology=v5e:16x16 --search \\
         --meshes "fsdp=256" "fsdp=64,tensor=4" --remat=none,projections,full --batch=16384,32768
+    python tools/plan.py --config=experiments/contrastive/clip.py:paper --weak v5p:2x2x4 v5p:4x4x4 v5p:4x8x8 \\
+        --batch=128 --plot=weak.svg
 
 Each word after ``--compare`` is one setting: changes of the config with commas between them, on top of those of
 ``--set``; an empty word is the experiment as it is.  ``--search`` tries every combination of meshes, kinds of
 rematerialisation (of all towers that have them) and batch sizes, and ranks what fits by examples per second; what does
-not fit is named last.  ``--json`` keeps all plans.  One setting is one compilation, which may take minutes.
+not fit is named last.  ``--weak`` plans the same work per chip, ``--batch`` examples, on slices of several sizes:
+bytes and compute per chip should stay; ``--plot`` draws both.  ``--json`` keeps all plans.  One setting is
+one compilation, which may take minutes.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 
 from vlpjax.errors import UserError
 from vlpjax.planning import topology
+from vlpjax.planning.drawing import weak_scaling
 from vlpjax.planning.report import as_json, comparison
 
 
@@ -31,10 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", required=True, help="FILE[:ARGUMENT], as for vlpjax.main")
-    parser.add_argument("--topology", required=True, help=f"a TPU slice: {topology.FORMS}")
+    parser.add_argument("--topology", help=f"a TPU slice: {topology.FORMS}")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="for all settings")
     parser.add_argument("--compare", nargs="+", metavar="PATH=VALUE,...", help="settings, one a word")
     parser.add_argument("--search", action="store_true", help="try meshes x rematerialisation x batch sizes")
+    parser.add_argument(
+        "--weak", nargs="+", default=[], metavar="TOPOLOGY", help="the same work per chip on each"
+    )
+    parser.add_argument("--plot", type=Path, help="of --weak: file for a drawing (SVG)")
     parser.add_argument(
         "--meshes",
         nargs="+",
@@ -43,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="to search (default: all useful ones)",
     )
     parser.add_argument("--remat", default="", help="to search, with commas between (default: as configured)")
-    parser.add_argument("--batch", default="", help="to search, with commas between (default: as configured)")
+    parser.add_argument("--batch", default="", help="to search, with commas between; of --weak: per chip")
     parser.add_argument("--json", type=Path, help="file for all plans")
     given = parser.parse_args(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -52,9 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         topology.prepare()
         from vlpjax import plans
 
-        base = [("plan.topology", given.topology), *map(plans.change, given.set)]
-        if given.search:
-            sizes = [int(size) for size in _words(given.batch)]
+        base = [("plan.topology", given.topology)] if given.topology else []
+        base += map(plans.change, given.set)
+        sizes = [int(size) for size in _words(given.batch)]
+        if given.weak:
+            settings = plans.same_work(given.weak, sizes[0])
+        elif given.search:
             settings = plans.candidates(given.config, base, given.meshes, _words(given.remat), sizes)
         else:
             settings = [plans.Setting.of(word) for word in given.compare]
@@ -62,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n" + comparison(found.ranked() if given.search else found.plans))
         for name, reason in found.refused:
             print(f"{name}: {reason}")
+        if given.plot:
+            given.plot.write_text(weak_scaling(found.plans), encoding="utf-8")
         if given.json:
             figures = {name: as_json(one) for name, one in found.plans}
             given.json.write_text(
@@ -75,16 +89,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(given: argparse.Namespace) -> None:
     """Raises ``UserError`` for options that do not go together, before anything takes time."""
-    if given.search == bool(given.compare):
-        raise UserError("Give either --compare with settings, or --search.")
+    if [given.search, bool(given.compare), bool(given.weak)].count(True) != 1:
+        raise UserError("Give one of --compare with settings, --search, and --weak with topologies.")
+    if bool(given.weak) == bool(given.topology):
+        raise UserError("Give --topology, or --weak with several of them.")
+    if given.plot and not given.weak:
+        raise UserError("--plot draws what --weak plans.")
     for name in ("meshes", "remat", "batch"):
-        if getattr(given, name) and not given.search:
+        if getattr(given, name) and not (given.search or (given.weak and name == "batch")):
             raise UserError(f"--{name} belongs to --search; a setting of --compare says all that it changes.")
+    if given.weak and len(_words(given.batch)) != 1:
+        raise UserError("--weak needs --batch: one number, the examples per chip.")
     for size in _words(given.batch):
         if not size.isdecimal() or not int(size):
             raise UserError(f"--batch names {size!r}; a batch is a whole number of examples.")
-    if given.json and not given.json.absolute().parent.is_dir():
-        raise UserError(f"--json={given.json} cannot be written: there is no folder {given.json.parent}.")
+    for name, file in (("json", given.json), ("plot", given.plot)):
+        if file and not file.absolute().parent.is_dir():
+            raise UserError(f"--{name}={file} cannot be written: there is no folder {file.parent}.")
 
 
 def _words(text: str) -> list[str]:

@@ -209,7 +209,7 @@ def base_config() -> Config:
         compiler_options=(),  # "name=value", over those of vlpjax/flags.py
         plan=dict(
             topology="",  # such as "v5p:4x4x8", for --mode=plan
-            attention_efficiency=0.5,  # share of the chip's peak that attention kernels are taken to reach
+            attention_efficiency=0.5,  # share of the peak of attention kernels whose schedule is not known
             attention_share=1.0,  # of query-key pairs that masks let through: 0.5 where attention is causal
             evaluation=True,  # whether the forward pass on a batch is planned too
         ),

@@ -3,7 +3,8 @@
 The experiment's real train step is compiled by the real TPU compiler for a topology that is not there.  Nothing that
 the compiler knows is guessed: memory is its own account, time is its estimate of every instruction, played along its
 own schedule (:mod:`vlpjax.planning.schedule`).  What it does not know is priced by published figures
-(:mod:`vlpjax.hardware`): links, and attention kernels at an efficiency that the config states.
+(:mod:`vlpjax.hardware`): links, and attention kernels by the bundles of their loops
+(:mod:`vlpjax.planning.kernels`), or at an efficiency that the config states where these are not known.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from vlpjax.errors import UserError
 from vlpjax.hardware import Chip, chip_of
 from vlpjax.planning import flops, topology
 from vlpjax.planning.hlo import read_program
+from vlpjax.planning.kernels import CORES
 from vlpjax.planning.prices import ChipPrices, Links
 from vlpjax.planning.report import Memory, Plan
 from vlpjax.planning.schedule import Timeline, play
@@ -47,6 +50,25 @@ def load_for_topology(experiment: str, overrides: Sequence[tuple[str, str]]) -> 
     return configs.apply_overrides(config, overrides)
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a step, and says about it: all that a plan takes minutes for.
+
+    Attributes:
+      text: of the optimised program.
+      peak: bytes of a device's memory; ``host`` of the host's.
+      seconds: that compiling took.
+      evaluation, evaluation_peak: the same of the forward pass on a batch, empty if it was not asked for.
+    """
+
+    text: str
+    peak: float
+    host: float
+    seconds: float
+    evaluation: str = ""
+    evaluation_peak: float = 0.0
+
+
 def plan(config: ConfigDict, hlo: str | Path | None = None) -> Plan:
     """Plans a run on ``config.plan.topology``; see :func:`vlpjax.planning.topology.prepare` for what comes first.
 
@@ -56,6 +78,19 @@ def plan(config: ConfigDict, hlo: str | Path | None = None) -> Plan:
     Raises:
       UserError: an unknown topology, no compiler, a mesh or shapes that do not fit.
     """
+    run, chip = run_on_topology(config)
+    compiled = compile_plan(run)
+    if hlo:
+        Path(hlo).write_text(compiled.text, encoding="utf-8")
+    return price(run, chip, compiled)
+
+
+def run_on_topology(config: ConfigDict) -> tuple[Run, Chip]:
+    """The run of a config on the chips of ``config.plan.topology``.
+
+    Raises:
+      UserError: an unknown topology, a mesh or shapes that do not fit.
+    """
     check(config)
     devices = topology.devices_of(config.plan.topology)
     chip = chip_of(devices[0].device_kind)
@@ -63,44 +98,64 @@ def plan(config: ConfigDict, hlo: str | Path | None = None) -> Plan:
         raise UserError(
             f"No figures are known of {devices[0].device_kind!r}, so nothing can be planned for it."
         )
-    run = Run.from_config(config, data="example" not in config.data, devices=devices)
+    return Run.from_config(config, data="example" not in config.data, devices=devices), chip
+
+
+def compile_plan(run: Run) -> Compiled:
+    """The slow part of :func:`plan`.
+
+    Raises:
+      UserError: the compiler refuses the program.
+    """
     begin = time.monotonic()
     program = compile_step(run, make_train_step)
     took = time.monotonic() - begin
-    text = program.as_text()
-    if hlo:
-        Path(hlo).write_text(text, encoding="utf-8")
-    prices = prices_of(run, chip)
-    timeline = play(read_program(text), prices)
-    evaluation, evaluation_peak = None, 0.0
-    if config.plan.evaluation:
+    memory = program.memory_analysis()
+    evaluation, evaluation_peak = "", 0.0
+    if run.config.plan.evaluation:
         forward = compile_step(run, make_loss_step)
-        evaluation = play(read_program(forward.as_text()), prices)
+        evaluation = forward.as_text()
         evaluation_peak = float(forward.memory_analysis().peak_memory_in_bytes)
+    return Compiled(
+        text=program.as_text(),
+        peak=float(memory.peak_memory_in_bytes),
+        host=float(memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes),
+        seconds=took,
+        evaluation=evaluation,
+        evaluation_peak=evaluation_peak,
+    )
+
+
+def price(run: Run, chip: Chip, compiled: Compiled) -> Plan:
+    """The other part of :func:`plan`: what the program takes on the run's chips."""
+    config, prices = run.config, prices_of(run, chip)
+    timeline = play(read_program(compiled.text), prices)
+    evaluation = play(read_program(compiled.evaluation), prices) if compiled.evaluation else None
     counted = model_flops(run)
     kernel_flops = sum(total.amount for total in timeline.kernels.values())
+    devices = run.layout.mesh.size
     return Plan(
         name=config.name or "experiment",
         topology=config.plan.topology,
         chip=chip.name,
-        chips=len(devices) // chip.devices,
-        devices=len(devices),
+        chips=devices // chip.devices,
+        devices=devices,
         mesh={axis: size for axis, size in run.layout.mesh.shape.items() if size > 1},
         batch=run.experiment.durations.batch_size,
         tokens=max(one.tokens(run.batch_shapes) for _, one in run.experiment.objectives.values()),
         steps=run.total_steps,
         accumulate=run.experiment.accumulate,
-        memory=memory_of(run, program, chip),
+        memory=memory_of(run, compiled, chip),
         model_flops=counted.total(config.plan.attention_share),
-        compiled_flops=(timeline.flops + kernel_flops) * len(devices),
+        compiled_flops=(timeline.flops + kernel_flops) * devices,
         timeline=timeline,
         peak_flops=chip.bf16_flops / chip.devices,
         attention_efficiency=config.plan.attention_efficiency,
         attention_share=config.plan.attention_share,
-        compile_seconds=took,
+        compile_seconds=compiled.seconds,
         notes=_notes(timeline, counted),
         evaluation=evaluation,
-        evaluation_peak=evaluation_peak,
+        evaluation_peak=compiled.evaluation_peak,
     )
 
 
@@ -165,29 +220,28 @@ def prices_of(run: Run, chip: Chip) -> ChipPrices:
         links=Links.of(mesh, chip.ici_bandwidth, chip.dcn_bandwidth / chip.devices, chip.rings),
         efficiency=settings.attention_efficiency,
         attention_share=settings.attention_share,
+        core=CORES.get(chip.name),
     )
 
 
-def memory_of(run: Run, program: Any, chip: Chip) -> Memory:
+def memory_of(run: Run, compiled: Compiled, chip: Chip) -> Memory:
     """The compiler's account, and the state's parts by their shardings."""
     abstract, shardings = run.abstract
-    found = program.memory_analysis()
     parts = {
         name: _local_bytes(getattr(abstract, name), getattr(shardings, name))
         for name in ("params", "optimizer", "teachers", "objectives", "statistics")
     }
     held = _local_bytes(run.batch_shapes, run.batch_shardings)
-    host = found.host_argument_size_in_bytes + found.host_temp_size_in_bytes
     return Memory(
-        peak=float(found.peak_memory_in_bytes),
+        peak=compiled.peak,
         capacity=chip.hbm_bytes / chip.devices,
         parameters=parts["params"],
         optimizer=parts["optimizer"],
         teachers=parts["teachers"],
         other=parts["objectives"] + parts["statistics"],
         batch=held,
-        temporaries=float(found.peak_memory_in_bytes) - sum(parts.values()) - held,
-        host=float(host),
+        temporaries=compiled.peak - sum(parts.values()) - held,
+        host=compiled.host,
     )
 
 

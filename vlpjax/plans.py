@@ -125,6 +125,21 @@ def candidates(
     return found
 
 
+def same_work(topologies: Sequence[str], batch: int) -> list[Setting]:
+    """The same number of examples per chip on several slices.
+
+    Raises:
+      UserError: no such topology.
+    """
+    return [
+        Setting(
+            name,
+            (("plan.topology", name), ("data.train.batch_size", str(batch * topology.chips_of(name)))),
+        )
+        for name in topologies
+    ]
+
+
 def plan_all(
     experiment: str,
     base: Sequence[tuple[str, str]],

@@ -49,7 +49,9 @@ LONG = Request("tpu", ("bfloat16",), 8192, 8192, heads=8, kv_heads=2, head_dim=1
 CHOICES: dict[str, tuple[dict[str, Any], str, dict[str, str]]] = {
     # what differs from a long row on a TPU, which form is chosen, and some of the reasons
     "long on a TPU": ({}, "tpu_flash", {"cudnn": "it needs a GPU"}),
-    "short on a TPU": (dict(queries=256, keys=256), "dense", {}),
+    "short on a TPU": (dict(queries=256, keys=256), "dense", {"tpu_short": "here 8 share 2"}),
+    "images on a TPU": (dict(queries=256, keys=256, kv_heads=8), "tpu_short", {"cudnn": "it needs a GPU"}),
+    "texts on a TPU": (dict(queries=64, keys=64, kv_heads=8), "dense", {"tpu_short": "16384 logits per head"}),
     "one new token of a long row": (dict(queries=1), "dense", {}),
     "half precision on a TPU": (dict(dtypes=("float16",)), "chunked", {"tpu_flash": "takes bfloat16 or float32"}),
     "mixed types on a TPU": (dict(dtypes=("float32", "bfloat16")), "chunked", {"tpu_flash": "float32 and bfloat16"}),
@@ -96,7 +98,7 @@ def test_a_form_that_is_named_does_it_or_says_why_not() -> None:
     assert choose(dataclasses.replace(LONG, kind="full"), "splash").backend == Splash()
     assert choose(LONG, "dense").backend == Dense()
     with pytest.raises(
-        UserError, match=r"no attention backend 'flesh'; there are cudnn, dense, tpu_flash, splash"
+        UserError, match=r"no attention backend 'flesh'; there are cudnn, tpu_short, dense, tpu_flash, splash"
     ):
         choose(LONG, "flesh")
     with pytest.raises(UserError, match=r"'cudnn' cannot do this: it needs a GPU, and this is a tpu\."):

@@ -56,7 +56,12 @@ for name, devices in topology.items():
     forward = jax.jit(functools.partial(tpu_flash.forward, **options)).lower(*inputs).compile()
     backward = functools.partial(tpu_flash.backward, **options)
     backward = jax.jit(backward).lower(*inputs, query, here(1, 2, TOKENS, dtype=jnp.float32), query).compile()
-    report(name=name, forward=bytes_of(forward), backward=bytes_of(backward))
+    image = here(2, 256, 16, 72)
+    def short(query, key, value):
+        return jnp.sum(attend(query, key, value, backend="tpu_short").mixed.astype(jnp.float32))
+    with layout.activate():
+        text = jax.jit(jax.grad(short, argnums=(0, 1, 2))).lower(image, image, image).compile().as_text()
+    report(name=name, forward=bytes_of(forward), backward=bytes_of(backward), short=text.count("tpu_custom_call"))
 
 # The entry on a mesh of four chips, with the tiles that it has there, and heads that are no multiple of 128 lanes.
 layout = make_layout({"fsdp": 2, "tensor": 2}, devices=next(iter(topology.values())))
@@ -101,6 +106,11 @@ def test_two_million_tokens_compile_forward_and_backward(facts: dict[str, dict[s
     assert facts[name]["forward"] < 5 * queries
     assert facts[name]["backward"] < 14 * queries
     assert facts[name]["backward"] < TOPOLOGIES[name] * 10**9
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_attention_of_images_compiles_to_two_kernels(facts: dict[str, dict[str, Any]], name: str) -> None:
+    assert facts[name]["short"] == 2
 
 
 def test_on_a_mesh_each_device_runs_the_kernels_on_its_own_examples_and_heads(

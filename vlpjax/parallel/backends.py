@@ -4,11 +4,12 @@ Each form answers ``supports(request)`` with nothing, or with the reason why it 
 refuses what it cannot mask; none degrades in silence.  They stand in the order in which they are tried:
 
 1. ``cudnn`` on GPUs, for plain causal or full attention;
-2. ``dense`` where logits are few: no other form is as fast there;
-3. ``tpu_flash``, our kernels for TPUs (:mod:`vlpjax.parallel.tpu_flash`), under any interval;
-4. ``splash``, JAX's own kernel for TPUs, for plain causal or full attention;
-5. ``chunked``, plain JAX (:mod:`vlpjax.parallel.chunked`), under any interval, on any platform;
-6. ``dense``, which does everything and holds all logits: the oracle.
+2. ``tpu_short``, our kernels for short sequences on TPUs (:mod:`vlpjax.parallel.tpu_short`), under any interval;
+3. ``dense`` where logits are few: no other form is as fast there;
+4. ``tpu_flash``, our kernels for TPUs (:mod:`vlpjax.parallel.tpu_flash`), under any interval;
+5. ``splash``, JAX's own kernel for TPUs, for plain causal or full attention;
+6. ``chunked``, plain JAX (:mod:`vlpjax.parallel.chunked`), under any interval, on any platform;
+7. ``dense``, which does everything and holds all logits: the oracle.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ from jaxtyping import Array, Bool, Float
 
 from vlpjax.errors import UserError
 from vlpjax.mesh import active_layout, active_platform
-from vlpjax.parallel import attention, chunked, tpu_flash
+from vlpjax.parallel import attention, chunked, tpu_flash, tpu_short
 from vlpjax.parallel.attention import Attended, Interval
 from vlpjax.parallel.flash import Flash, Places, batch_axes, flash, repeat_heads
+from vlpjax.parallel.tpu_kernels import LANES
 from vlpjax.parallel.tpu_tiles import Tiles
 
 Kind = Literal["full", "causal"]
 
 # Logits of one head (queries x keys) up to which the dense form is the fastest one.
 SHORT = {"cpu": 1024 * 1024, "gpu": 512 * 512, "tpu": 512 * 512}
+PADDING = 1.75  # logits with padding, over logits, from which on the kernels for short sequences lose
 SCALAR_MEMORY = 2**20 * 3 // 4  # bytes of a TPU core's scalar memory that tables may take
 
 logger = logging.getLogger(__name__)
@@ -154,6 +157,46 @@ class Chunked:
 
 
 @dataclass(frozen=True)
+class TpuShort:
+    """:mod:`vlpjax.parallel.tpu_short`, any interval.
+
+    Attributes:
+      interpret: run the kernels' bodies as plain JAX, on any platform.
+    """
+
+    interpret: bool = False
+    name: str = "tpu_short"
+
+    def supports(self, request: Request) -> str | None:
+        """Few logits on TPUs, whose heads share no keys."""
+        if request.platform != "tpu" and not self.interpret:
+            return f"it needs a TPU, and this is a {request.platform}"
+        if (reason := _interval_only(request) or _wrong_type(request)) is not None:
+            return reason
+        if request.soft_cap is not None:
+            return "it has no soft cap"
+        if request.heads != request.kv_heads:
+            return f"its heads have keys of their own, and here {request.heads} share {request.kv_heads}"
+        logits, most = request.queries * request.keys, SHORT["tpu"]
+        if logits > most:
+            return f"it holds all logits of a head, at most {most}, and these are {logits}"
+        padded = math.prod(-(-size // LANES) * LANES for size in (request.queries, request.keys))
+        if padded > PADDING * logits:
+            return f"it computes {padded} logits per head where {logits} are asked for"
+        if 4 * request.rows > SCALAR_MEMORY:
+            return f"its table takes {4 * request.rows} bytes, and scalar memory holds {SCALAR_MEMORY}"
+        return None
+
+    def run(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, interval: Interval | None, options: Options
+    ) -> Attended:
+        """Attends, each device to its own examples and heads."""
+        run: Any = functools.partial
+        passes = (run(one, interpret=self.interpret) for one in (tpu_short.forward, tpu_short.backward))
+        return _flash(Flash(*passes, by_device=True), query, key, value, interval, options)
+
+
+@dataclass(frozen=True)
 class TpuFlash:
     """:mod:`vlpjax.parallel.tpu_flash`, any interval.
 
@@ -170,12 +213,8 @@ class TpuFlash:
         """Intervals on TPUs, in the types that its products have."""
         if request.platform != "tpu" and not self.interpret:
             return f"it needs a TPU, and this is a {request.platform}"
-        if (reason := _interval_only(request)) is not None:
+        if (reason := _interval_only(request) or _wrong_type(request)) is not None:
             return reason
-        if request.dtypes not in (("bfloat16",), ("float32",)):
-            return f"it takes bfloat16 or float32, and these are {' and '.join(request.dtypes)}"
-        if request.head_dim > 256:
-            return f"its tiles hold heads of up to 256, and these have {request.head_dim}"
         tiles = self.tiles.within(request.queries, request.keys)
         size = request.rows * (16 * -(-request.queries // tiles.query) + 8 * -(-request.keys // tiles.key))
         if size > SCALAR_MEMORY:
@@ -281,7 +320,7 @@ class Cudnn:
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Cudnn(), Dense(short=True), TpuFlash(), Splash(), Chunked(), Dense(),
+    Cudnn(), TpuShort(), Dense(short=True), TpuFlash(), Splash(), Chunked(), Dense(),
 )  # fmt: skip
 # Those that give the log of the softmax's sum too, by which parts of the keys are put together.
 WITH_SUMS: tuple[Backend, ...] = (TpuFlash(), Chunked())
@@ -407,6 +446,15 @@ def _interval_only(request: Request) -> str | None:
     asked = [name for name in ("mask", "bias", "weights") if getattr(request, name)]
     words = {"mask": "a mask in booleans", "bias": "a bias", "weights": "the weights"}
     return f"it knows intervals, and {words[asked[0]]} is asked for" if asked else None
+
+
+def _wrong_type(request: Request) -> str | None:
+    """Why our kernels refuse arrays."""
+    if request.dtypes not in (("bfloat16",), ("float32",)):
+        return f"it takes bfloat16 or float32, and these are {' and '.join(request.dtypes)}"
+    if request.head_dim > 256:
+        return f"its tiles hold heads of up to 256, and these have {request.head_dim}"
+    return None
 
 
 def _plain_only(request: Request) -> str | None:

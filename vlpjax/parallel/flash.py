@@ -29,7 +29,7 @@ class Flash(NamedTuple):
     Attributes:
       forward: ``forward(query, key, value, interval, *, scale, soft_cap) -> (mixed, lse)``.
       backward: ``backward(query, key, value, interval, mixed, lse, gradient, *, scale, soft_cap)`` gives the gradients
-        of the first three in float32.
+        of the first three, in float32 where they are parts of a sum.
       by_device: the compiler cannot divide it; on a mesh each device is given its own examples and heads.
     """
 

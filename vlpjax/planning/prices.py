@@ -13,11 +13,12 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vlpjax.planning.hlo import Computation, Instruction, Shape
+from vlpjax.planning.kernels import Core
 
 # Seconds that a message takes to the next chip, whatever its size (the same source).
 HOP_SECONDS = 1e-6
@@ -156,8 +157,9 @@ class ChipPrices:
       peak: FLOPs per second of bfloat16 products.
       memory_bandwidth, host_bandwidth: bytes per second.
       links: to the other chips.
-      efficiency: share of the peak that attention kernels reach.
+      efficiency: share of the peak that attention kernels reach whose schedule is not known.
       attention_share: share of the pairs of queries and keys that masks let through; kernels skip the others.
+      core: the schedules of our kernels, or None.
     """
 
     clock: float
@@ -167,6 +169,7 @@ class ChipPrices:
     links: Links
     efficiency: float
     attention_share: float
+    core: Core | None = None
 
     def compute(self, cycles: int) -> float:
         return cycles / self.clock
@@ -180,13 +183,22 @@ class ChipPrices:
         return axes, self.links.seconds(kind, size, groups)
 
     def kernel(self, instruction: Instruction, computation: Computation) -> tuple[str, float, float]:
-        """An attention kernel at the stated efficiency; any other at the bandwidth of the memory."""
+        """An attention kernel by its schedule or at the stated efficiency; any other at the memory's bandwidth."""
         path = [part for part in instruction.op_name.split("/") if part and part != "pallas_call"]
         name = path[-1] if path else re.sub(r"\.\d+$", "", instruction.name)
         operands = computation.operand_shapes(instruction)
-        flops = attention_flops(f"{name} {instruction.name}", operands) * self.attention_share
-        if flops:
-            return name, flops, flops / (self.peak * self.efficiency)
+        work = attention_work(f"{name} {instruction.name}", operands)
+        if work is not None:
+            flops = work.flops * self.attention_share
+            cycles = None
+            if self.core is not None:
+                rate = self.peak / self.clock
+                cycles = self.core.cycles(f"{name} {instruction.name}", *work, self.attention_share, rate)
+            return (
+                name,
+                flops,
+                flops / (self.peak * self.efficiency) if cycles is None else cycles / self.clock,
+            )
         stated = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
         flops = float(stated[1]) if stated else 0.0
         moved = instruction.bytes + sum(shape.bytes for shape in operands)
@@ -199,8 +211,27 @@ class ChipPrices:
         return size / self.memory_bandwidth
 
 
-def attention_flops(name: str, operands: Sequence[Shape]) -> float:
-    """FLOPs of an attention kernel over all pairs of queries and keys, or 0 if it is none.
+class Work(NamedTuple):
+    """What an attention kernel computes.
+
+    Attributes:
+      products: per pair of query and key.
+      pairs: of queries and keys in all heads, hidden ones too.
+      keys, head_dim: of a row.
+    """
+
+    products: int
+    pairs: float
+    keys: int
+    head_dim: int
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.products * self.pairs * self.head_dim
+
+
+def attention_work(name: str, operands: Sequence[Shape]) -> Work | None:
+    """The work of an attention kernel, or None if it is none.
 
     Of the operands, the first two of floating-point numbers with three or more dimensions are the queries
     ``[..., queries, head_dim]`` and the keys ``[..., keys, head_dim]``; queries of heads that share keys may lie in
@@ -209,6 +240,6 @@ def attention_flops(name: str, operands: Sequence[Shape]) -> float:
     products = next((count for pattern, count in PRODUCTS if re.search(pattern, name)), 0)
     arrays = [shape for shape in operands if len(shape.sizes) >= 3 and shape.dtype in ("bf16", "f32", "f16")]
     if not products or len(arrays) < 2 or arrays[0].sizes[-1] != arrays[1].sizes[-1]:
-        return 0.0
+        return None
     query, key = arrays[0].sizes, arrays[1].sizes
-    return 2.0 * products * math.prod(query) * key[-2]
+    return Work(products, float(math.prod(query[:-1])) * key[-2], key[-2], key[-1])

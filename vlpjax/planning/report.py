@@ -182,7 +182,7 @@ def _time(found: Plan) -> str:
     rows = [
         ("compute, by the compiler's cycles", milliseconds(line.compute)),
         (
-            f"attention kernels, at {found.attention_efficiency:.0%} of the peak",
+            f"attention kernels, at {kernel_share(found):.0%} of the peak",
             milliseconds(line.kernel_seconds),
         ),
         ("instructions without an estimate, at the memory's bandwidth", milliseconds(line.untimed_seconds)),
@@ -200,6 +200,12 @@ def _time(found: Plan) -> str:
     if found.evaluation is not None:
         rows.append(("evaluation step", milliseconds(found.evaluation.seconds)))
     return table(("time", ""), [row for row in rows if row[1] != milliseconds(0)])
+
+
+def kernel_share(found: Plan) -> float:
+    """The share of the peak that kernels reach in useful FLOPs."""
+    flops = sum(total.amount for total in found.timeline.kernels.values())
+    return flops / max(found.timeline.kernel_seconds * found.peak_flops, 1.0)
 
 
 def _traffic(found: Plan) -> str:

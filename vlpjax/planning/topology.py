@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -118,6 +119,16 @@ def parse(name: str) -> tuple[str, tuple[int, ...], int]:
     if min(sizes) < 1 or slices < 1:
         raise UserError(f"The topology {name!r} has a size of 0; every size is 1 or more, as in {example!r}.")
     return generation, sizes, slices
+
+
+def chips_of(name: str) -> int:
+    """How many chips a topology has.
+
+    Raises:
+      UserError: no such topology.
+    """
+    _, sizes, slices = parse(name)
+    return math.prod(sizes) * slices
 
 
 def devices_of(name: str) -> Sequence[Any]:
