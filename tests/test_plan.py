@@ -158,12 +158,14 @@ def test_settings_side_by_side(experiment: Path, tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Give either --compare with settings, or --search."),
-        (["--search", "--compare", "a=1"], "Give either --compare"),
+        ([], "Give one of --compare with settings, --search, and --weak with topologies."),
+        (["--search", "--compare", "a=1"], "Give one of --compare"),
         (["--compare", "", "--remat=full"], "--remat belongs to --search"),
         (["--search", "--batch=64,many"], "--batch names 'many'; a batch is a whole number"),
         (["--search", "--json=nowhere/plans.json"], "there is no folder nowhere."),
         (["--compare", "", "--set=fast"], "The setting 'fast' has no value"),
+        (["--compare", "", "--plot=weak.svg"], "--plot draws what --weak plans."),
+        (["--weak", "v5e:2x2"], "Give --topology, or --weak with several of them."),
     ],
 )
 @pytest.mark.usefixtures("planner")

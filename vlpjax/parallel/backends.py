@@ -192,8 +192,10 @@ class TpuShort:
     ) -> Attended:
         """Attends, each device to its own examples and heads."""
         run: Any = functools.partial
-        passes = (run(one, interpret=self.interpret) for one in (tpu_short.forward, tpu_short.backward))
-        return _flash(Flash(*passes, by_device=True), query, key, value, interval, options)
+        forward, backward = (
+            run(one, interpret=self.interpret) for one in (tpu_short.forward, tpu_short.backward)
+        )
+        return _flash(Flash(forward, backward, by_device=True), query, key, value, interval, options)
 
 
 @dataclass(frozen=True)
