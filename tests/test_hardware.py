@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vlpjax.hardware import CHIPS, chip_of
+from vlpjax.errors import UserError
+from vlpjax.hardware import CHIPS, chip_named, chip_of
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,12 @@ def test_a_chip_is_found_by_what_jax_calls_it(kind: str, name: str) -> None:
 def test_an_unknown_device_has_no_figures() -> None:
     assert chip_of("cpu") is None
     assert chip_of("NVIDIA A100-SXM4-40GB") is None
+    with pytest.raises(UserError, match=r"'v5x'; there are v5e, v5p"):
+        chip_named("v5x")
+
+
+def test_names_are_found_in_any_case() -> None:
+    assert chip_named("tpu7x") is CHIPS["TPU7x"]
 
 
 @pytest.mark.parametrize(

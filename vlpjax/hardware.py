@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vlpjax.errors import UserError
+
 GIB = 2**30
 CLOUD_TPU = "https://docs.cloud.google.com/tpu/docs"
 SCALING_BOOK = "https://jax-ml.github.io/scaling-book/tpus/"  # "How to Scale Your Model", Austin et al., 2025
@@ -115,6 +117,18 @@ CHIPS: dict[str, Chip] = {
         ),
     )
 }  # fmt: skip
+
+
+def chip_named(name: str) -> Chip:
+    """The chip of this name.
+
+    Raises:
+      UserError: there is none; the known ones are listed.
+    """
+    for chip in CHIPS.values():
+        if chip.name.lower() == name.lower():
+            return chip
+    raise UserError(f"No figures are known of the chip {name!r}; there are {', '.join(CHIPS)}.")
 
 
 def chip_of(device_kind: str) -> Chip | None:
