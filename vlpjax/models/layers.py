@@ -25,7 +25,6 @@ from vlpjax.models.positions import Rotation, rotate
 from vlpjax.parallel.attention import Attended, Interval
 from vlpjax.parallel.backends import attend
 from vlpjax.parallel.cost import pick_scheme
-from vlpjax.parallel.fusion import unfused_gradient
 from vlpjax.parallel.gathering import gathered
 from vlpjax.parallel.order import TokenOrder
 from vlpjax.parallel.sequence import sequence_attention
@@ -521,7 +520,7 @@ class Block(nn.Module):
             return (
                 tokens
                 if self.order == "post"
-                else unfused_gradient(norm(f"{name}_norm", self.norm, self.dtype, self.epsilon)(tokens))
+                else norm(f"{name}_norm", self.norm, self.dtype, self.epsilon)(tokens)
             )
 
         def leave(name: str, branch: jax.Array) -> jax.Array:
