@@ -55,9 +55,9 @@ def results(arrays: tuple[jax.Array, ...], interval: Interval | None, dense: boo
 
 CASES = {
     "every key is seen": (QUERIES, KEYS, None),
-    "both are padded": (150, 230, None),
+    "both are padded": (200, 250, None),
     "causal": (KEYS, KEYS, causal(KEYS)),
-    "anything, for each example": (150, 230, scattered(150, 230, B)),
+    "anything, for each example": (200, 250, scattered(200, 250, B)),
 }
 
 

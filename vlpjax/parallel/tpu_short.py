@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from vlpjax.parallel.attention import Interval
-from vlpjax.parallel.tpu_kernels import HIDDEN, LANES, product
+from vlpjax.parallel.tpu_kernels import HIDDEN, LANES, each, product
 
 VMEM = 48 * 2**20  # bytes that a kernel may use; the smallest TPU core (TPU7x) has 64 MB
 BLOCKS = 24 * 2**20  # and those of its inputs and outputs, which are fetched while others are worked on
@@ -133,7 +133,7 @@ def _forward(whole: Any, interval: Any, query: Any, key: Any, value: Any, mixed:
             mixed[index] = (sums * weight).astype(mixed.dtype)
             lse[index] = jnp.transpose(jnp.broadcast_to(log, (log.shape[0], LANES)))[0:1]
 
-        _each(query.shape[0], head)
+        each(query.shape[0], head)
 
     _whole_or_masked(whole, body)
 
@@ -160,14 +160,9 @@ def _backward(
             key_out[index] = product(by_logit, query[index], (1, 0)).astype(key_out.dtype)
             query_out[index] = (product(by_logit, key[index], (0, 0)) * scale).astype(query_out.dtype)
 
-        _each(query.shape[0], head)
+        each(query.shape[0], head)
 
     _whole_or_masked(whole, body)
-
-
-def _each(heads: int, body: Any) -> None:
-    """Runs ``body`` for each head, two in a turn where they are even: one's softmax fills the other's products."""
-    lax.fori_loop(0, heads, lambda head, _: body(head), None, unroll=2 if heads % 2 == 0 else 1)
 
 
 def _whole_or_masked(whole: Any, body: Any) -> None:
