@@ -48,7 +48,6 @@ PLACEHOLDER = 128_002  # the first of Llama 3's reserved tokens
 POD = (
     r"tpu-TPU v5p?-256",
     {
-        "mesh.fsdp": 1,
         "mesh.ring": 32,
         "mesh.ulysses": 8,
         "sharding_rules.embed": ("ring",),
@@ -94,6 +93,7 @@ def paper(config: Config) -> Config:
     """One row a step; LongVILA's last stage, whose longest rows had 2,048 frames."""
     config.duration = "6 epochs"
     config.precision = "bfloat16"
+    config.mesh.fsdp, config.mesh.ring = 1, -1  # all devices share the one row
     config.mesh_rules = (POD,)
     config.sharding_rules = dict(embed=("fsdp", "ring", "ulysses", "expert"))
     config.plan.attention_share = 0.5  # causal

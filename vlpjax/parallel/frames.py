@@ -65,7 +65,7 @@ class _Plan(NamedTuple):
     Attributes:
       mesh: the devices; ``batch`` and ``sequence`` are its axes of examples, and of tokens, both kinds.
       order: how ``length`` tokens of a row lie over the ranks.
-      held: visual tokens of a row that a rank has encoded; ``count`` of all ranks' are taken.
+      held: visual tokens of a row that a rank has encoded; of all ranks' the first so many are ``taken``.
     """
 
     mesh: Mesh
@@ -74,7 +74,7 @@ class _Plan(NamedTuple):
     order: TokenOrder
     length: int
     held: int
-    count: int
+    taken: int
 
     @classmethod
     def of(cls, visual: jax.Array, placeholders: jax.Array, order: TokenOrder, count: int | None) -> _Plan:
@@ -82,9 +82,16 @@ class _Plan(NamedTuple):
         layout.spec(("batch", "sequence", None), visual.shape, "An array of visual tokens")
         length = placeholders.shape[1]
         order.check(length)
-        axes = (used_axes(layout, name) for name in ("batch", "sequence"))
         total = visual.shape[1]
-        return cls(layout.mesh, *axes, order, length, total // order.ranks, total if count is None else count)
+        return cls(
+            layout.mesh,
+            used_axes(layout, "batch"),
+            used_axes(layout, "sequence"),
+            order,
+            length,
+            total // order.ranks,
+            total if count is None else count,
+        )
 
     @property
     def spread(self) -> int:
@@ -127,7 +134,7 @@ def _forward(plan: _Plan, visual: jax.Array, marks: jax.Array) -> jax.Array:
     tiles = _Tiles.of(plan, marks)
     middle = _exchanged(plan, _rows(visual, _leaving(plan)[0]))
     found = _rows(_exchanged(plan, _rows(middle, _turning(plan, tiles)[0])), _arriving(plan, tiles)[0])
-    missing = marks & (tiles.numbers.reshape(marks.shape) >= plan.count)
+    missing = marks & (tiles.numbers.reshape(marks.shape) >= plan.taken)
     return jnp.where(missing[..., None], jnp.asarray(jnp.nan, found.dtype), found)
 
 
@@ -201,13 +208,13 @@ def _turning(plan: _Plan, tiles: _Tiles) -> tuple[jax.Array, jax.Array]:
     k = first + (tiles.rank - first) % ranks + jnp.arange(plan.run) * ranks  # [b, R, n, run]
     source = k // plan.held
     there = source * plan.spread + (k - source * plan.held) // ranks
-    there = jnp.where((k < end) & (k < plan.count), there, ranks * plan.spread)
+    there = jnp.where((k < end) & (k < plan.taken), there, ranks * plan.spread)
 
     start = jnp.arange(ranks)[:, None] * plan.held
     i = (tiles.rank - start) % ranks + jnp.arange(plan.spread) * ranks  # [R, spread]
     k = (start + i).reshape(-1)
     tile = jax.vmap(lambda ends: jnp.searchsorted(ends, k, side="right"))(tiles.ends)  # [b, R spread]
-    known = (i < plan.held).reshape(-1) & (k < tiles.ends[:, -1:]) & (k < plan.count)
+    known = (i < plan.held).reshape(-1) & (k < tiles.ends[:, -1:]) & (k < plan.taken)
     rank, nth = plan.order.holder(jnp.minimum(tile, count * ranks - 1), plan.length)
     begin = tiles.first[jnp.arange(len(tile))[:, None], rank, nth]
     back = (rank * count + nth) * plan.run + (k - begin) // ranks
@@ -221,7 +228,7 @@ def _arriving(plan: _Plan, tiles: _Tiles) -> tuple[jax.Array, jax.Array]:
     first = jnp.take(tiles.first, tiles.rank, axis=1)[..., None]  # [b, n, 1]
     k, nth = tiles.numbers, jnp.arange(count)[:, None]
     there = (k % ranks * count + nth) * plan.run + (k - first) // ranks
-    there = jnp.where(tiles.own & (k < plan.count), there, ranks * count * plan.run)
+    there = jnp.where(tiles.own & (k < plan.taken), there, ranks * count * plan.run)
 
     # The placeholders of a tile, in turn, before its other tokens.
     places = jnp.argsort(~tiles.own, axis=2, stable=True)  # [b, n, tile]
@@ -230,7 +237,7 @@ def _arriving(plan: _Plan, tiles: _Tiles) -> tuple[jax.Array, jax.Array]:
         plan.run
     ) * ranks  # [b, R, n, run], of the tile's placeholders
     found = jnp.sum(tiles.own, axis=2)[:, None, :, None]
-    known = (i < found) & (first[:, None] + i < plan.count)
+    known = (i < found) & (first[:, None] + i < plan.taken)
     rows = jnp.swapaxes(jnp.minimum(i, tile - 1), 1, 2).reshape(len(i), count, -1)  # [b, n, R run]
     place = jnp.take_along_axis(places, rows, axis=2).reshape(len(i), count, ranks, plan.run)
     back = jnp.swapaxes(place, 1, 2) + nth * tile
