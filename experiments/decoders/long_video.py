@@ -3,11 +3,11 @@
 python -m vlpjax.main --config=experiments/decoders/long_video.py --workdir=runs/long_video
 
 ``small`` needs nothing but this package: rows of short videos whose frames are bundled drawings, each video followed by
-the names of what it showed, which a decoder of 1 million parameters learns to write.  ``long_video.py:paper`` carries
-LongVILA's last stage to 2,097,152 tokens in one row: 10,240 frames through SigLIP's So400m/14 into a decoder of
-Llama 3's 8B, on 256 chips.  It needs the rows (``videos/*.array_record``: ``video``, a list of pictures, ``tokens``,
-ids in which 196 placeholders stand for each), and the pretrained weights to start from; its memory, its traffic and
-the time of a step can be had without any of that.
+the names of what it showed, for a decoder of 1 million parameters to write.  ``long_video.py:paper`` carries the last
+stage of LongVILA to 2,097,152 tokens in one row: 10,240 frames through SigLIP's So400m/14 into a decoder of Llama 3's
+8B, on 256 chips.  It needs the rows (``videos/*.array_record``: ``video``, a list of pictures, ``tokens``, ids in which
+196 placeholders stand for each), and the pretrained weights to start from; its memory, its traffic and the time of a
+step can be had without any of that.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ PLACEHOLDER = 128_002  # the first of Llama 3's reserved tokens
 POD = (
     r"tpu-TPU v5p?-256",
     {
-        "mesh.fsdp": 1,
         "mesh.ring": 32,
         "mesh.ulysses": 8,
         "sharding_rules.embed": ("ring",),
@@ -94,6 +93,7 @@ def paper(config: Config) -> Config:
     """One row a step; LongVILA's last stage, whose longest rows had 2,048 frames."""
     config.duration = "6 epochs"
     config.precision = "bfloat16"
+    config.mesh.fsdp, config.mesh.ring = 1, -1  # all devices share the one row
     config.mesh_rules = (POD,)
     config.sharding_rules = dict(embed=("fsdp", "ring", "ulysses", "expert"))
     config.plan.attention_share = 0.5  # causal
