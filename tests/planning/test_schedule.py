@@ -174,6 +174,33 @@ def test_what_has_no_estimate_is_read_and_written_once_and_said() -> None:
     assert (line.seconds, line.untimed["custom-call Unheard", ""].amount) == (4, 4)
 
 
+def test_slices_of_stacks_in_the_host_s_memory_are_copied_there_and_back() -> None:
+    line = played(
+        '  %h = s8[8,4]{1,0:S(5)} custom-call(), custom_call_target="AllocateBuffer"\n'
+        "  %i = s32[] constant(0)\n"
+        "  %s = ((s8[8,4]{1,0:S(5)}, s8[4]{0}, s32[]), s8[8,4]{1,0:S(5)}, u32[]) "
+        "dynamic-update-slice-start(%h, %x, %i)\n"
+        "  %d = s8[8,4]{1,0:S(5)} dynamic-update-slice-done(%s)\n"
+        "  %t = ((s8[8,4]{1,0:S(5)}, s32[]), s8[1,4]{1,0}, u32[]) dynamic-slice-start(%d, %i)\n"
+        f"  %a = s8[4]{{0}} add(%x, %x), {times(3)}\n"
+        "  ROOT %g = s8[1,4]{1,0} dynamic-slice-done(%t)"
+    )
+    assert {key[0]: total.amount for key, total in line.host.items()} == {
+        "to the host": 4,
+        "from the host": 4,
+    }
+    assert (line.seconds, line.exposed, line.untimed) == (8, 5, {})
+
+
+def test_copies_to_the_host_wait_for_one_another() -> None:
+    start = "(s8[4]{0:S(5)}, s8[4]{0}, u32[]) copy-start(%x)"
+    line = played(
+        f"  %s = {start}\n  %t = {start}\n  %g = s8[4]{{0:S(5)}} copy-done(%s)\n"
+        "  ROOT %h = s8[4]{0:S(5)} copy-done(%t)"
+    )
+    assert line.seconds == 8
+
+
 def test_marks_and_copies_to_the_fast_memory_count_no_time() -> None:
     line = played(
         '  %m = s8[4]{0} custom-call(), custom_call_target="AllocateBuffer"\n'

@@ -34,10 +34,13 @@ from vlpjax.planning.products import product_flops
 _FREE = frozenset(
     (
         "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
-        "iota", "opt-barrier", "domain", "add-dependency", "copy-start", "slice-start", "slice-done", "async-update",
-        "call-start", "call-done",
+        "iota", "opt-barrier", "domain", "add-dependency", "copy-start", "slice-start", "dynamic-slice-start",
+        "dynamic-update-slice-start", "async-update", "call-start", "call-done",
     )
 )  # fmt: skip
+# Copies that are started and finished in two instructions: of an array, from a stack of arrays, into one.
+_COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
+_COPIED = tuple(name.replace("-start", "-done") for name in _COPIES)
 # Custom calls that only mark or reserve something; any other without an estimate is said to have none.
 _MARKS = frozenset(
     (
@@ -177,10 +180,10 @@ class _Player:
                     line.seconds = links
                 if item.cycles is not None:
                     line.seconds += self._run(line, item, computation)
-            elif item.opcode == "copy-start" and HOST_MEMORY in item.type:
-                host = max(host, line.seconds) + self._copy(line, item)
+            elif item.opcode in _COPIES and HOST_MEMORY in item.type:
+                host = max(host, line.seconds) + self._copy(line, item, computation)
                 running[item.name] = host
-            elif item.opcode == "copy-done":
+            elif item.opcode in _COPIED:
                 line.seconds = max(line.seconds, running.pop(item.operands[0], 0.0))
             else:
                 line.seconds += self._run(line, item, computation)
@@ -245,11 +248,16 @@ class _Player:
         line.collectives[kind, axes] = line.collectives.get((kind, axes), Total()) + Total(1, size, seconds)
         return seconds
 
-    def _copy(self, line: Timeline, item: Instruction) -> float:
+    def _copy(self, line: Timeline, item: Instruction, computation: Computation) -> float:
         """Adds a copy to or from the host's memory to the sums; returns its seconds."""
-        size = item.shapes[0].bytes
-        target = item.type.partition("}")[0]
-        direction = "to the host" if HOST_MEMORY in target else "from the host"
+        if item.opcode == "copy-start":  # returns its target first
+            size, there = item.shapes[0].bytes, HOST_MEMORY in item.type.partition("}")[0]
+        elif item.opcode == "dynamic-update-slice-start":  # a stack, and what is put into it
+            size, there = computation.instructions[item.operands[1]].bytes, True
+        else:  # returns its operands, the slice, and a mark
+            inputs = len(computation.operand_shapes(item))
+            size, there = max(shape.bytes for shape in item.shapes[inputs:]), False
+        direction = "to the host" if there else "from the host"
         seconds = self.prices.host(size)
         line.host[direction, ""] = line.host.get((direction, ""), Total()) + Total(1, size, seconds)
         return seconds
