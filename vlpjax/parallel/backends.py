@@ -191,11 +191,14 @@ class TpuShort:
         self, query: jax.Array, key: jax.Array, value: jax.Array, interval: Interval | None, options: Options
     ) -> Attended:
         """Attends, each device to its own examples and heads."""
-        run: Any = functools.partial
-        forward, backward = (
-            run(one, interpret=self.interpret) for one in (tpu_short.forward, tpu_short.backward)
-        )
-        return _flash(Flash(forward, backward, by_device=True), query, key, value, interval, options)
+        return _flash(self.form, query, key, value, interval, options)
+
+    @property
+    def form(self) -> Flash:
+        """Its two passes."""
+        run = functools.partial
+        settings: dict[str, Any] = dict(interpret=self.interpret)
+        return Flash(run(tpu_short.forward, **settings), run(tpu_short.backward, **settings), by_device=True)
 
 
 @dataclass(frozen=True)
