@@ -27,7 +27,7 @@ from vlpjax.parallel.sequence import SCHEMES, checked_heads
 log = logging.getLogger("vlpjax.parallel")
 
 EFFICIENCY = 0.5  # of the peak that attention kernels reach; flash attention's own range is 0.4 to 0.7
-BACKWARD = 2.5  # products of the backward pass over those of the forward pass: five against two
+BACKWARD = 3.5  # products of the backward pass over those of the forward pass: seven against two, logits come up twice
 NEAR = 0.02  # schemes whose times differ by this share are equally fast
 MEMORY_SHARE = 0.25  # of a chip's memory that one layer's attention may take for a moment
 UNKNOWN = "gather"  # on devices without figures: any mask, any heads, one collective
