@@ -39,7 +39,6 @@ CORE = [
     "orbax-checkpoint>=0.12,<0.13",
     "pillow>=11,<14",
     "pyarrow>=18,<27",
-    "PyYAML>=6,<7",  # writes Kubernetes manifests
     "rich>=13.9,<16",
     "sentencepiece>=0.2,<0.3",
     "tensorboardX>=2.6.2,<3",
@@ -58,7 +57,10 @@ EXTRAS = {
     "cuda12": [f"jax[cuda12]{JAX}"],
     # Plans runs for TPU slices that are not there: the compiler alone, for Linux on x86-64.  (What plans must not be
     # what trains on CPUs: with it, JAX looks for TPUs first unless JAX_PLATFORMS says cpu.)
-    "plan": ["libtpu==0.0.42.*; platform_system == 'Linux' and platform_machine == 'x86_64'"],
+    "plan": [
+        "libtpu==0.0.42.*; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "matplotlib>=3.10,<4",  # draws how plans scale
+    ],
     # Builds data sets; training never imports it.
     "beam": BEAM,
     "data": [*BEAM, "resvg_py==0.5.0"],  # another release of the renderer would draw other bytes

@@ -58,7 +58,7 @@ def test_the_version_stands_in_one_place(declared):
 
 
 def test_every_import_of_the_library_is_declared(declared):
-    optional = declared["extras_require"]["gguf"]
+    optional = [item for name in ("gguf", "plan") for item in declared["extras_require"][name]]
     required = {normal(item) for item in [*declared["install_requires"], *optional]}
     imported = {normal(DISTRIBUTION.get(name, name)) for name in third_party_imports()}
     assert imported <= required, (

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 
 from vlpjax.errors import UserError
 from vlpjax.planning import topology
-from vlpjax.planning.drawing import weak_scaling
+from vlpjax.planning.drawing import draw_weak_scaling
 from vlpjax.planning.report import as_json, comparison
 
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--weak", nargs="+", default=[], metavar="TOPOLOGY", help="the same work per chip on each"
     )
-    parser.add_argument("--plot", type=Path, help="of --weak: file for a drawing (SVG)")
+    parser.add_argument("--plot", type=Path, help="of --weak: file for a drawing, .svg or .png")
     parser.add_argument(
         "--meshes",
         nargs="+",
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, reason in found.refused:
             print(f"{name}: {reason}")
         if given.plot:
-            given.plot.write_text(weak_scaling(found.plans), encoding="utf-8")
+            draw_weak_scaling(found.plans, given.plot)
         if given.json:
             figures = {name: as_json(one) for name, one in found.plans}
             given.json.write_text(

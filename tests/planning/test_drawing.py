@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vlpjax.errors import UserError
-from vlpjax.planning.drawing import weak_scaling
+from vlpjax.planning.drawing import draw_weak_scaling
 from vlpjax.planning.schedule import Timeline, Total
 from vlpjax.plans import same_work
 
@@ -19,11 +20,15 @@ def plan(chips: int, compute: float, moved: float) -> Any:
     return SimpleNamespace(chips=chips, timeline=line)
 
 
-def test_the_drawing_shows_what_a_chip_computes_and_moves() -> None:
-    drawing = weak_scaling([("a", plan(16, 0.010, 2e9)), ("b", plan(4096, 0.0105, 2.5e9))])
+def test_the_drawing_shows_what_a_chip_computes_and_moves(tmp_path: Path) -> None:
+    plans = [("a", plan(16, 0.010, 2e9)), ("b", plan(4096, 0.0105, 2.5e9))]
+    draw_weak_scaling(plans, tmp_path / "weak.svg")
+    drawing = (tmp_path / "weak.svg").read_text()
     texts = [item.text for item in ElementTree.fromstring(drawing).iter() if item.tag.endswith("text")]
-    for text in ("16", "4,096", "10", "10.5", "2", "2.5"):
+    for text in ("16", "4,096", "10", "10.5", "2", "2.5", "ms computed per chip and step"):
         assert text in texts
+    with pytest.raises(UserError, match=r"weak\.txt'; it ends in \.svg, \.png or \.pdf\."):
+        draw_weak_scaling(plans, tmp_path / "weak.txt")
 
 
 def test_the_same_work_is_a_batch_that_grows_with_the_chips() -> None:
