@@ -33,12 +33,11 @@ SYSTEM = dict(
 LENGTH = 4096  # tokens of a row of ``paper``
 ROWS = 1024  # of a batch of ``paper``: 4 million tokens
 TOKENS = 2_000_000_000_000
-# What blocks save, beside their inputs: attention is not run twice.  On 128 chips of v5p with 8,192 tokens each, a step
-# peaks at 11.6 GB and takes 0.99 s by the compiler's measure, without attention; "tensors" computes nothing but norms
-# and activations again: 27.0 GB and 0.88 s.
+# What blocks save, beside their inputs: attention is not run twice.  "tensors" computes nothing but norms and
+# activations again, and takes more than twice the memory (README.md, "Pods", has both plans and their commands).
 LITTLE = "save:attention_out,attention_lse,key,value"
-# Products of 8,192 tokens reach 94 % of a v5p's peak with this much fast memory for their tiles, 82 % with the
-# compiler's default of 16 MiB.  (Compiling takes twice as long.)
+# With more fast memory than the compiler's default of 16 MiB for their tiles, large products come nearer to the peak.
+# (Compiling takes longer.)
 VMEM = (r"tpu-TPU v5p?-\d+", {"compiler_options": ("xla_tpu_scoped_vmem_limit_kib=32768",)})
 
 

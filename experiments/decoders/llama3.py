@@ -100,23 +100,7 @@ def paper(config: Config, training: Training) -> Config:
     config.mesh_rules = training.rules
     config.mesh.update(training.mesh)
     config.plan.attention_share = 0.5  # causal
-    config.towers = dict(
-        decoder=spec(
-            Decoder,
-            vocabulary=128_256,
-            width=training.width,
-            depth=training.depth,
-            heads=training.heads,
-            kv_heads=8,
-            mlp_dim=training.mlp_dim,
-            epsilon=1e-5,
-            rotary=ROTARY,
-            length=training.length,
-            tied=False,
-            scan=True,
-            remat=training.remat,
-        )
-    )
+    config.towers = dict(decoder=decoder(training, ROTARY))
     config.objectives = dict(next=dict(weight=1.0, loss=spec(NextToken, chunk=CHUNK)))
     config.data = dict(
         example=dict(tokens=f"int32[{training.length + 1}]"), examples=TOKENS // training.length
@@ -130,3 +114,22 @@ def paper(config: Config, training: Training) -> Config:
     )
     config.optimizer = adamw(training.rate, "8000 steps")
     return config
+
+
+def decoder(training: Training, rotary: Config) -> Config:
+    """The model itself."""
+    return spec(
+        Decoder,
+        vocabulary=128_256,
+        width=training.width,
+        depth=training.depth,
+        heads=training.heads,
+        kv_heads=8,
+        mlp_dim=training.mlp_dim,
+        epsilon=1e-5,
+        rotary=rotary,
+        length=training.length,
+        tied=False,
+        scan=True,
+        remat=training.remat,
+    )

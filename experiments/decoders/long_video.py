@@ -18,6 +18,7 @@ import optax
 from flax import linen as nn
 
 from experiments._bundled import SEEN, VOCABULARY, source
+from experiments.decoders import llama3
 from vlpjax.config import Config, spec
 from vlpjax.data.pipeline import Pipeline
 from vlpjax.data.sources import ArrayRecords, Slideshows
@@ -103,10 +104,8 @@ def paper(config: Config) -> Config:
             mlp_dim=4304, activation="gelu_tanh", pre_norm=False, pool="none", scan=True, remat="full",
         ),
         connector=connector(grid=14, width=4096),
-        decoder=spec(
-            Decoder, vocabulary=128_256, width=4096, depth=32, heads=32, kv_heads=8, mlp_dim=14_336, epsilon=1e-5,
-            rotary=spec(Rotary, base=3_580_165_449.0), length=LENGTH, tied=False, scan=True,
-            remat="tensors",
+        decoder=llama3.decoder(
+            llama3.PAPERS["paper"]._replace(length=LENGTH, remat="tensors"), spec(Rotary, base=3_580_165_449.0)
         ),
     )  # fmt: skip
     config.objectives = objective(placeholder=PLACEHOLDER, chunk=1024, frames_at_once=20)
