@@ -67,9 +67,9 @@ def test_the_first_stage_is_along_fsdp_and_the_second_over_the_sequence_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("vlpjax.parallel.gathering._ring", lambda line: 2)
-    _rings.cache_clear()
+    rings.cache_clear()
     found = stages(layout_of(8, fsdp=2, ring=2, ulysses=2), ("embed", "mlp"))
-    _rings.cache_clear()
+    rings.cache_clear()
     assert [place.spec[0] for place in found] == [("ring", "ulysses", "fsdp"), ("ring", "ulysses"), None]
 
 
