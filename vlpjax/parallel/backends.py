@@ -128,8 +128,23 @@ class Dense:
         )  # fmt: skip
 
 
+class _TwoPasses:
+    """A backend with passes of its own forward and backward: define ``form``."""
+
+    @property
+    def form(self) -> Flash:
+        """Its two passes."""
+        raise TypeError(f"{type(self).__name__} must define form.")
+
+    def run(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, interval: Interval | None, options: Options
+    ) -> Attended:
+        """Attends; what the compiler cannot divide, each device does for its own examples and heads."""
+        return _flash(self.form, query, key, value, interval, options)
+
+
 @dataclass(frozen=True)
-class Chunked:
+class Chunked(_TwoPasses):
     """:mod:`vlpjax.parallel.chunked`, any interval.
 
     Attributes:
@@ -143,12 +158,6 @@ class Chunked:
         """Intervals only."""
         return _interval_only(request)
 
-    def run(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, interval: Interval | None, options: Options
-    ) -> Attended:
-        """Attends."""
-        return _flash(self.form, query, key, value, interval, options)
-
     @property
     def form(self) -> Flash:
         """Its two passes."""
@@ -157,7 +166,7 @@ class Chunked:
 
 
 @dataclass(frozen=True)
-class TpuShort:
+class TpuShort(_TwoPasses):
     """:mod:`vlpjax.parallel.tpu_short`, any interval.
 
     Attributes:
@@ -187,12 +196,6 @@ class TpuShort:
             return f"its table takes {4 * request.rows} bytes, and scalar memory holds {SCALAR_MEMORY}"
         return None
 
-    def run(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, interval: Interval | None, options: Options
-    ) -> Attended:
-        """Attends, each device to its own examples and heads."""
-        return _flash(self.form, query, key, value, interval, options)
-
     @property
     def form(self) -> Flash:
         """Its two passes."""
@@ -202,7 +205,7 @@ class TpuShort:
 
 
 @dataclass(frozen=True)
-class TpuFlash:
+class TpuFlash(_TwoPasses):
     """:mod:`vlpjax.parallel.tpu_flash`, any interval.
 
     Attributes:
@@ -225,12 +228,6 @@ class TpuFlash:
         if size > SCALAR_MEMORY:
             return f"its tables take {size} bytes, and scalar memory holds {SCALAR_MEMORY}"
         return None
-
-    def run(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, interval: Interval | None, options: Options
-    ) -> Attended:
-        """Attends, each device to its own examples and heads."""
-        return _flash(self.form, query, key, value, interval, options)
 
     @property
     def form(self) -> Flash:
