@@ -7,8 +7,8 @@ A case is a public training run with its source; its model is described as setti
 compiled for the chips that it ran on.  What is compared is therefore our program on their hardware: what both compute
 again in the backward pass is the same as far as our names for it go, kernels and the order of collectives are ours.
 The recipes for v6e and for 405B give products more fast memory (``xla_tpu_scoped_vmem_limit_kib=98304``), with which
-compiling takes half an hour; here all cases have the compiler's default.
-Compiled programs are kept in the folder, and only their prices are worked out again: the first run takes an hour.
+compiling takes far longer; here all cases have the compiler's default.
+Compiled programs are kept in the folder, and only their prices are worked out again.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ class Case:
       length: tokens of a row.
       rows: of a chip's batch.
       remat: of our decoder.
-      options: of the compiler.
       changes: other settings, ``(path, value)``.
     """
 
@@ -69,7 +68,6 @@ class Case:
     length: int
     rows: int
     remat: str
-    options: tuple[str, ...] = ()
     changes: tuple[tuple[str, str], ...] = ()
 
     def overrides(self, chips: int) -> list[tuple[str, str]]:
@@ -83,7 +81,7 @@ class Case:
             ("towers.decoder.remat", self.remat),
             ("data.example.tokens", f"int32[{self.length + 1}]"),
             ("data.train.batch_size", str(self.rows * chips)),
-            ("compiler_options", repr(self.options)),
+            ("compiler_options", "()"),
             *self.changes,
         ]
 
@@ -115,7 +113,7 @@ CASES = (
     ),
     Case(
         "fuji-7b-v5e-1024", "https://github.com/apple/axlearn/blob/main/axlearn/experiments/text/gpt/fuji.py", 2.21,
-        "v5e:16x16*4", "vocabulary=32768 tied=True", 4096, 1, "dots", (), (("mesh.replica", "4"),),
+        "v5e:16x16*4", "vocabulary=32768 tied=True", 4096, 1, "dots", (("mesh.replica", "4"),),
     ),
     Case(
         "llama3.1-405b-v5p-512", f"{RECIPES}/v5p/Llama3.1-405B-MaxText", 131.474,
@@ -154,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def program_file(folder: Path, case: Case) -> Path:
+    """Where the compiled program of a case is kept."""
     return folder / f"{case.name}.json.gz"
 
 

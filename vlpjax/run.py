@@ -6,7 +6,6 @@ Training, evaluation and ``describe`` all begin with it.  Nothing is computed an
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from vlpjax.data.sources import Declared
 from vlpjax.durations import Durations
 from vlpjax.errors import UserError
 from vlpjax.experiment import Experiment, base_config
-from vlpjax.mesh import Layout, hardware_name, make_layout, pick_rule
+from vlpjax.mesh import Layout, devices_along, hardware_name, make_layout, pick_rule
 from vlpjax.state import TrainState, check_replicated
 from vlpjax.step import abstract_state
 
@@ -122,7 +121,7 @@ class Run:
         return places
 
     def _divides(self, axis: str, size: int) -> bool:
-        return size % math.prod(self.layout.mesh.shape[name] for name in self.layout.rules[axis]) == 0
+        return size % devices_along(self.layout, axis) == 0
 
     def every(self, duration: str, what: str) -> int:
         """A duration as steps, at least 1; empty never comes due."""

@@ -34,7 +34,7 @@ LENGTH = 4096  # tokens of a row of ``paper``
 ROWS = 1024  # of a batch of ``paper``: 4 million tokens
 TOKENS = 2_000_000_000_000
 # What blocks save, beside their inputs: attention is not run twice.  "tensors" computes nothing but norms and
-# activations again, and takes more than twice the memory (README.md, "Pods", has both plans and their commands).
+# activations again, and takes more memory.
 LITTLE = "save:attention_out,attention_lse,key,value"
 # With more fast memory than the compiler's default of 16 MiB for their tiles, large products come nearer to the peak.
 # (Compiling takes longer.)

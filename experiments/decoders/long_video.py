@@ -12,12 +12,10 @@ step can be had without any of that.
 
 from __future__ import annotations
 
-from typing import Any
-
-import optax
 from flax import linen as nn
 
 from experiments._bundled import SEEN, VOCABULARY, source
+from experiments._recipes import adamw
 from experiments.decoders import llama3
 from vlpjax.config import Config, spec
 from vlpjax.data.pipeline import Pipeline
@@ -30,7 +28,6 @@ from vlpjax.models.decoder import Decoder
 from vlpjax.models.positions import Rotary
 from vlpjax.models.vit import ViT
 from vlpjax.objectives.visual_next_token import VisualNextToken
-from vlpjax.optim.optimizer import Optimizer, Schedule
 
 SIZES = ("small", "paper")
 SYSTEM = dict(
@@ -73,7 +70,8 @@ def small(config: Config, length: int = 64, frames: int = 8, concepts: int = 24)
             Decoder, vocabulary=VOCABULARY, width=128, depth=2, heads=4, mlp_dim=352, epsilon=1e-5, tied=False
         ),
     )
-    config.objectives = objective(placeholder=VOCABULARY, segment_field="segment_ids", chunk=64)
+    loss = spec(VisualNextToken, placeholder=VOCABULARY, segment_field="segment_ids", chunk=64)
+    config.objectives = dict(next=dict(weight=1.0, loss=loss))
     rows = spec(
         Slideshows,
         source=source(SEEN),
@@ -86,7 +84,7 @@ def small(config: Config, length: int = 64, frames: int = 8, concepts: int = 24)
         concepts=concepts,
     )
     config.data.train = spec(Pipeline, source=rows, transforms={}, batch_size=16)
-    config.optimizer = adamw(3e-3, "10%")
+    config.optimizer = adamw(3e-3, warmup="10%", weight_decay=0.0, clip_norm=1.0)
     return config
 
 
@@ -108,7 +106,8 @@ def paper(config: Config) -> Config:
             llama3.PAPERS["paper"]._replace(length=LENGTH, remat="tensors"), spec(Rotary, base=3_580_165_449.0)
         ),
     )  # fmt: skip
-    config.objectives = objective(placeholder=PLACEHOLDER, chunk=1024, frames_at_once=20)
+    loss = spec(VisualNextToken, placeholder=PLACEHOLDER, chunk=1024, frames_at_once=20)
+    config.objectives = dict(next=dict(weight=1.0, loss=loss))
     config.data = dict(
         example=dict(tokens=f"int32[{LENGTH + 1}]", video=f"uint8[{FRAMES},384,384,3]"), examples=15_000
     )
@@ -119,7 +118,7 @@ def paper(config: Config) -> Config:
         transforms=dict(frames=frames),
         batch_size=1,
     )
-    config.optimizer = adamw(5e-5, "3%")
+    config.optimizer = adamw(5e-5, warmup="3%", weight_decay=0.0, clip_norm=1.0)
     return config
 
 
@@ -128,19 +127,4 @@ def connector(grid: int, width: int) -> Config:
     return spec(
         nn.Sequential,
         layers=(spec(AdaptiveAveragePool, grid=(grid, grid)), spec(MlpConnector, width=width)),
-    )
-
-
-def objective(**fields: Any) -> dict[str, Any]:
-    return dict(next=dict(weight=1.0, loss=spec(VisualNextToken, **fields)))
-
-
-def adamw(rate: float, warmup: str) -> Config:
-    """AdamW without weight decay."""
-    return spec(
-        Optimizer,
-        direction=spec(optax.scale_by_adam, b1=0.9, b2=0.999),
-        learning_rate=rate,
-        schedule=spec(Schedule, warmup=warmup),
-        clip_norm=1.0,
     )

@@ -6,7 +6,7 @@ computes one tile of logits per turn, is nearly all of it.  ``tools/kernel_cycle
 its result is the table here.  Where the matrix units need longer than the bundles, they decide: heads of 128 features
 fill half of a unit of 256 x 256, which is why attention runs at half of a v6e's peak at best.
 
-Left out are what is done once per grid step, some hundred cycles, and waiting for memory.
+Left out are what is done once per grid step, and waiting for memory.
 """
 
 from __future__ import annotations
@@ -75,11 +75,9 @@ class Core:
         if tile is None or head_dim > LANES:
             return None
         width = -(-head_dim // self.side) * self.side
-        live = (
-            tile.cycles(pairs, keys, share) / tile.whole * tile.queries * tile.keys
-        )  # logits, masked ones dearer
-        units = 2.0 * products * width * min(live, pairs) / rate
-        return max(tile.cycles(pairs, keys, share) / self.cores, units)
+        bundles = tile.cycles(pairs, keys, share)
+        live = min(bundles / tile.whole * tile.queries * tile.keys, pairs)  # logits, masked ones dearer
+        return max(bundles / self.cores, 2.0 * products * width * live / rate)
 
 
 def _flash(forward: tuple[int, int], query: tuple[int, int], key_value: tuple[int, int]) -> dict[str, Tile]:
