@@ -38,7 +38,7 @@ topology.ignore_absent_chips()
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from vlpjax.errors import UserError  # noqa: E402
+from vlpjax.errors import UserError, tells_mistakes  # noqa: E402
 from vlpjax.mesh import Layout, make_layout  # noqa: E402
 from vlpjax.models.towers import Towers  # noqa: E402
 from vlpjax.objectives.base import BatchCoupled, Context, head_name  # noqa: E402
@@ -146,6 +146,7 @@ def columns(options: argparse.Namespace) -> dict[str, Sequence[Any]]:
     return {count: there[: int(count)] for count in options.devices.split(",")}
 
 
+@tells_mistakes
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -159,11 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.forms.split(",")
     if unknown := [name for name in names if name not in FORMS]:
         parser.error(f"there is no {unknown[0]!r} among the forms; there are {', '.join(FORMS)}.")
-    try:
-        report([FORMS[name] for name in names], columns(options), options.batch, options.features)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    report([FORMS[name] for name in names], columns(options), options.batch, options.features)
     return 0
 
 

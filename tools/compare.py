@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))  # works from a checkout that is not installed
 
 from vlpjax.config import apply_overrides, build, complete, differences, load, suggest  # noqa: E402
 from vlpjax.durations import Durations  # noqa: E402
-from vlpjax.errors import UserError  # noqa: E402
+from vlpjax.errors import UserError, tells_mistakes  # noqa: E402
 from vlpjax.workdir import read_config  # noqa: E402
 
 PROOF_FIELDS = {"against": str, "metrics": tuple, "settings": tuple, "set_a": tuple, "set_b": tuple}
@@ -234,6 +234,7 @@ def collect(metrics: Sequence[str], arms: Sequence[str], seeds: Sequence[int], r
     return rows
 
 
+@tells_mistakes
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
@@ -250,17 +251,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/compare/<experiment>)")
     parser.add_argument("--dry_run", action="store_true", help="only say what would be trained")
     given = parser.parse_args(arguments)
-    try:
-        arms, metrics = _sides(given)
-        seeds = _seeds(given.seeds)
-        experiment = Path(next(iter(arms.values())).config).name.replace(".py:", "-").removesuffix(".py")
-        runs = (given.runs or ROOT / "runs" / "compare" / experiment).resolve()
-        make_runs(arms, seeds, runs, given.dry_run)
-        for row in [] if given.dry_run else collect(metrics, list(arms), seeds, runs):
-            print(row.text())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    arms, metrics = _sides(given)
+    seeds = _seeds(given.seeds)
+    experiment = Path(next(iter(arms.values())).config).name.replace(".py:", "-").removesuffix(".py")
+    runs = (given.runs or ROOT / "runs" / "compare" / experiment).resolve()
+    make_runs(arms, seeds, runs, given.dry_run)
+    for row in [] if given.dry_run else collect(metrics, list(arms), seeds, runs):
+        print(row.text())
     return 0
 
 

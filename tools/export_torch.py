@@ -12,7 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
+from vlpjax.errors import tells_mistakes
+
+
+@tells_mistakes
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
@@ -28,19 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
     given = parser.parse_args(arguments)
-    from vlpjax.errors import UserError
     from vlpjax.exchange import export_run
 
-    try:
-        written = export_run(**vars(given))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    written = export_run(**vars(given))
     print(f"{given.out}: {written}")
     return 0
 
 
 if __name__ == "__main__":
-    # Works from a checkout that is not installed.
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     sys.exit(main())

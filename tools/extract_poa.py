@@ -12,7 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
+from vlpjax.errors import tells_mistakes
+
+
+@tells_mistakes
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
@@ -26,19 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--params", default="ema", help="name of a teacher (default: ema), or 'student'")
     parser.add_argument("--overwrite", action="store_true", help="replace a work directory that is there")
     given = parser.parse_args(arguments)
-    from vlpjax.errors import UserError
     from vlpjax.exchange import extract_run
 
-    try:
-        extract_run(**vars(given))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    extract_run(**vars(given))
     print(f"{given.out}: {given.tower} of width {given.width} and depth {given.depth}")
     return 0
 
 
 if __name__ == "__main__":
-    # Works from a checkout that is not installed.
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     sys.exit(main())

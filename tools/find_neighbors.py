@@ -29,7 +29,7 @@ from vlpjax.checkpoint import load_variables  # noqa: E402
 from vlpjax.config import TYPE, build, load, resolve, suggest  # noqa: E402
 from vlpjax.data.pipeline import Pipeline  # noqa: E402
 from vlpjax.data.sources import WithNeighbors  # noqa: E402
-from vlpjax.errors import UserError  # noqa: E402
+from vlpjax.errors import UserError, tells_mistakes  # noqa: E402
 from vlpjax.evaluators.base import finite_batches, to_host  # noqa: E402
 from vlpjax.evaluators.neighbors import make_nearest  # noqa: E402
 from vlpjax.experiment import build_modules  # noqa: E402
@@ -111,6 +111,7 @@ def without_self(places: np.ndarray) -> np.ndarray:
     return np.take_along_axis(places, first, axis=1).astype(np.int32)
 
 
+@tells_mistakes
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
@@ -125,18 +126,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--batch_size", type=int, default=256, help="images that are encoded at once")
     given = parser.parse_args(arguments)
-    try:
-        out = Path(given.out)
-        if out.suffix != ".npy":
-            raise UserError(f"--out is {given.out!r}; it ends in .npy.")
-        layout = make_layout({"fsdp": -1})
-        pipeline = images_of(load(given.config), given.evaluator, given.batch_size)
-        table = find(pipeline, given.tower, given.workdir, given.params, given.k, layout)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.save(out, table)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    out = Path(given.out)
+    if out.suffix != ".npy":
+        raise UserError(f"--out is {given.out!r}; it ends in .npy.")
+    layout = make_layout({"fsdp": -1})
+    pipeline = images_of(load(given.config), given.evaluator, given.batch_size)
+    table = find(pipeline, given.tower, given.workdir, given.params, given.k, layout)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    np.save(out, table)
     print(f"{out}: {table.shape[1]} neighbours of each of {table.shape[0]:,} records")
     return 0
 

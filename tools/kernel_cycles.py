@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works from a checkout that is not installed
 
-from vlpjax.errors import UserError  # noqa: E402
+from vlpjax.errors import UserError, tells_mistakes  # noqa: E402
 from vlpjax.planning import topology  # noqa: E402
 from vlpjax.planning.report import table  # noqa: E402
 
@@ -51,20 +51,17 @@ _BUNDLE = re.compile(r"\s*(?:0x)?[0-9a-f]+\s+(LB|PF|PB|LH|LE)?\s*: (>*) ")
 INSIDE = 2  # loops around a turn: that over the grid, and that over heads
 
 
+@tells_mistakes
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--topology", nargs="+", default=["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "TPU7x:2x2x1"])
     given = parser.parse_args(arguments)
     rows: list[tuple[str, ...]] = []
-    try:
-        topology.require_compiler()
-        for name in given.topology:
-            topology.parse(name)
-            rows += [(name, *row) for row in kernels_of(name)]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    topology.require_compiler()
+    for name in given.topology:
+        topology.parse(name)
+        rows += [(name, *row) for row in kernels_of(name)]
     print(table(("chip", "kernel", "whole tile", "masked tile"), rows))
     return 0
 

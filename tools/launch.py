@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))  # works from a checkout that is not installed
 
 from tools._engines import ENGINES, Engine  # noqa: E402
 from vlpjax.config import suggest  # noqa: E402
-from vlpjax.errors import UserError  # noqa: E402
+from vlpjax.errors import UserError, tells_mistakes  # noqa: E402
 
 FOR_THE_RUN = ("config", "workdir", "mode")
 SWITCHES = ("dry_run", "help")
@@ -102,18 +102,15 @@ def explain(kind: type[Engine]) -> str:
     return f"{kind.__doc__}\n" + "\n".join(lines)
 
 
+@tells_mistakes
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        options, env, run = read(arguments)
-        if "help" in options or not arguments:
-            print(explain(engine_class(options)) if "engine" in options else __doc__)
-            return 0
-        job = make(options, env, run)
-        print(job.text() if "dry_run" in options else job.submit(), end="" if "dry_run" in options else "\n")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options, env, run = read(arguments)
+    if "help" in options or not arguments:
+        print(explain(engine_class(options)) if "engine" in options else __doc__)
+        return 0
+    job = make(options, env, run)
+    print(job.text() if "dry_run" in options else job.submit(), end="" if "dry_run" in options else "\n")
     return 0
 
 

@@ -26,12 +26,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-from vlpjax.errors import UserError
+from vlpjax.errors import UserError, tells_mistakes
 from vlpjax.planning import topology
 from vlpjax.planning.drawing import draw_weak_scaling
 from vlpjax.planning.report import as_json, comparison
 
 
+@tells_mistakes
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
@@ -56,34 +57,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file for all plans")
     given = parser.parse_args(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    try:
-        _check(given)
-        topology.prepare()
-        from vlpjax import plans
+    _check(given)
+    topology.prepare()
+    from vlpjax import plans
 
-        base = [("plan.topology", given.topology)] if given.topology else []
-        base += map(plans.change, given.set)
-        sizes = [int(size) for size in _words(given.batch)]
-        if given.weak:
-            settings = plans.same_work(given.weak, sizes[0])
-        elif given.search:
-            settings = plans.candidates(given.config, base, given.meshes, _words(given.remat), sizes)
-        else:
-            settings = [plans.Setting.of(word) for word in given.compare]
-        found = plans.plan_all(given.config, base, settings, report=lambda line: print(line, flush=True))
-        print("\n" + comparison(found.ranked() if given.search else found.plans))
-        for name, reason in found.refused:
-            print(f"{name}: {reason}")
-        if given.plot:
-            draw_weak_scaling(found.plans, given.plot)
-        if given.json:
-            figures = {name: as_json(one) for name, one in found.plans}
-            given.json.write_text(
-                json.dumps({"plans": figures, "refused": dict(found.refused)}, indent=2), encoding="utf-8"
-            )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    base = [("plan.topology", given.topology)] if given.topology else []
+    base += map(plans.change, given.set)
+    sizes = [int(size) for size in _words(given.batch)]
+    if given.weak:
+        settings = plans.same_work(given.weak, sizes[0])
+    elif given.search:
+        settings = plans.candidates(given.config, base, given.meshes, _words(given.remat), sizes)
+    else:
+        settings = [plans.Setting.of(word) for word in given.compare]
+    found = plans.plan_all(given.config, base, settings, report=lambda line: print(line, flush=True))
+    print("\n" + comparison(found.ranked() if given.search else found.plans))
+    for name, reason in found.refused:
+        print(f"{name}: {reason}")
+    if given.plot:
+        draw_weak_scaling(found.plans, given.plot)
+    if given.json:
+        figures = {name: as_json(one) for name, one in found.plans}
+        given.json.write_text(
+            json.dumps({"plans": figures, "refused": dict(found.refused)}, indent=2), encoding="utf-8"
+        )
     return 0
 
 

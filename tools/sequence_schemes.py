@@ -23,7 +23,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from vlpjax.config import build, load
-from vlpjax.errors import UserError
+from vlpjax.errors import UserError, tells_mistakes
 from vlpjax.hardware import Chip, chip_named
 from vlpjax.models.decoder import Decoder
 from vlpjax.parallel.cost import EFFICIENCY, Estimate, Problem, choose, estimate
@@ -120,6 +120,7 @@ def table(decoder: Decoder, chip: Chip, options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+@tells_mistakes
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
@@ -134,17 +135,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--products", type=float, default=0.9, help="efficiency of products with weights")
     options = parser.parse_args(arguments)
     options.lengths = [int(length) for length in options.lengths.split(",")]
-    try:
-        towers = load(options.config).towers
-        if options.tower not in towers:
-            raise UserError(f"The experiment has no tower {options.tower!r}; there are {', '.join(towers)}.")
-        decoder = build(towers[options.tower])
-        if not isinstance(decoder, Decoder):
-            raise UserError(f"The tower {options.tower!r} is no decoder; name one with --tower.")
-        print(table(decoder, chip_named(options.chip), options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    towers = load(options.config).towers
+    if options.tower not in towers:
+        raise UserError(f"The experiment has no tower {options.tower!r}; there are {', '.join(towers)}.")
+    decoder = build(towers[options.tower])
+    if not isinstance(decoder, Decoder):
+        raise UserError(f"The tower {options.tower!r} is no decoder; name one with --tower.")
+    print(table(decoder, chip_named(options.chip), options))
     return 0
 
 

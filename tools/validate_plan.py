@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-from vlpjax.errors import UserError
+from vlpjax.errors import UserError, tells_mistakes
 from vlpjax.planning import topology
 from vlpjax.planning.report import Plan, milliseconds, table
 
@@ -122,6 +122,7 @@ CASES = (
 )  # fmt: skip
 
 
+@tells_mistakes
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
@@ -132,21 +133,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compiled", action="store_true", help="leave out what the folder does not hold yet")
     given = parser.parse_args(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    try:
-        unknown = sorted(set(given.only) - {case.name for case in CASES})
-        if unknown:
-            raise UserError(
-                f"There is no case {unknown[0]!r}; there are {', '.join(case.name for case in CASES)}."
-            )
-        topology.prepare()
-        chosen = [case for case in CASES if not given.only or case.name in given.only]
-        if given.compiled:
-            chosen = [case for case in chosen if program_file(given.folder, case).exists()]
-        given.folder.mkdir(parents=True, exist_ok=True)
-        planned = [(case, plan_of(case, given.folder)) for case in chosen]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    unknown = sorted(set(given.only) - {case.name for case in CASES})
+    if unknown:
+        raise UserError(
+            f"There is no case {unknown[0]!r}; there are {', '.join(case.name for case in CASES)}."
+        )
+    topology.prepare()
+    chosen = [case for case in CASES if not given.only or case.name in given.only]
+    if given.compiled:
+        chosen = [case for case in chosen if program_file(given.folder, case).exists()]
+    given.folder.mkdir(parents=True, exist_ok=True)
+    planned = [(case, plan_of(case, given.folder)) for case in chosen]
     print(comparison(planned))
     return 0
 
