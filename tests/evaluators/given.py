@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -49,7 +50,13 @@ def variables(layout: Layout, scale: float = 2.0) -> dict[str, Any]:
 
 def evaluate(evaluator: Evaluator, devices: int = 1) -> Result:
     """What the evaluator finds with the tower ``image`` passing the data's features on."""
+    return evaluate_all((evaluator,), devices)[0]
+
+
+def evaluate_all(evaluators: Sequence[Evaluator], devices: int = 1) -> list[Result]:
+    """What all of them find with the very same parameters."""
     config = model_config()
     config.towers = dict(image=spec(Given), text=spec(Given))
     layout = layout_of(devices)
-    return evaluator.make(experiment_of(config), layout)(variables(layout))
+    experiment, given = experiment_of(config), variables(layout)
+    return [evaluator.make(experiment, layout)(given) for evaluator in evaluators]

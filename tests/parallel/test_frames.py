@@ -117,9 +117,14 @@ def test_one_device_does_the_same() -> None:
 
 def test_a_placeholder_without_a_token_becomes_nan_and_no_other() -> None:
     marks = marked(slice(0, 50), slice(0, 40), [3], [])
-    rows, _ = on_mesh({"fsdp": 2, "ring": 2, "ulysses": 2}, "block_striped", 4, marks, count=40)
+    rows, gradients = on_mesh({"fsdp": 2, "ring": 2, "ulysses": 2}, "block_striped", 4, marks, count=40)
     np.testing.assert_array_equal(rows, expected(marks, 40))
     assert np.isnan(rows).any(axis=2).sum() == 10
+    by_visual = np.zeros_like(VISUAL)
+    for row, size in enumerate((40, 40)):
+        by_visual[row, :size] = WEIGHTS[row, :size]
+    by_visual[2, 0] = WEIGHTS[2, 3]
+    np.testing.assert_array_equal(gradients[1], by_visual)
 
 
 def test_rows_may_be_full_of_placeholders_wherever_frames_lie() -> None:

@@ -230,7 +230,7 @@ def _arriving(plan: _Plan, tiles: _Tiles) -> tuple[jax.Array, jax.Array]:
         plan.run
     ) * ranks  # [b, R, n, run], of the tile's placeholders
     found = jnp.sum(tiles.own, axis=2)[:, None, :, None]
-    known = (i < found) & (first[:, None] + i < plan.taken)
+    known = i < found
     rows = jnp.swapaxes(jnp.minimum(i, tile - 1), 1, 2).reshape(len(i), count, -1)  # [b, n, R run]
     place = jnp.take_along_axis(places, rows, axis=2).reshape(len(i), count, ranks, plan.run)
     back = jnp.swapaxes(place, 1, 2) + nth * tile
