@@ -90,14 +90,11 @@ def find(pipeline: Pipeline, tower: str, workdir: str, params: str, k: int, layo
         return embedding.astype(jnp.float32)
 
     run = jax.jit(encode, out_shardings=layout.sharding("frames"))
-    features, indices = [], []
+    features, valid = [], []
     for batch in finite_batches(pipeline, layout):
         features.append(run(variables, batch["image"]))
-        indices.append(np.where(to_host(batch["valid"], layout), to_host(batch["index"], layout), -1))
-    everything, index = jnp.concatenate(features), np.concatenate(indices)
-    real = index == np.arange(
-        len(index)
-    )  # others stand in for what could not be read, or fill the last batch
+        valid.append(to_host(batch["valid"], layout))  # others could not be read, or fill the last batch
+    everything, real = jnp.concatenate(features), np.concatenate(valid)
     _, places = jax.jit(make_nearest(layout, k + 1), out_shardings=layout.replicated)(
         everything, everything, real
     )

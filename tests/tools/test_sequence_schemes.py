@@ -28,9 +28,8 @@ def test_longer_rows_cost_what_their_pairs_cost(capsys: pytest.CaptureFixture[st
     assert main([CONFIG, "--lengths=131072,262144", "--chip=v6e"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if " ring " in line]
     first, second = (float(line.partition(" ring ")[2].split()[3]) for line in lines)
-    assert second / first == pytest.approx(
-        2, rel=0.1
-    )  # ms per layer and chip, at twice the keys for each query
+    # ms per layer and chip, at twice the keys for each query
+    assert second / first == pytest.approx(2, rel=0.1)
 
 
 def test_mistakes_are_told(capsys: pytest.CaptureFixture[str]) -> None:

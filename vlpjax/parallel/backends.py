@@ -178,9 +178,7 @@ class TpuShort(_TwoPasses):
 
     def supports(self, request: Request) -> str | None:
         """Few logits on TPUs, whose heads share no keys."""
-        if request.platform != "tpu" and not self.interpret:
-            return f"it needs a TPU, and this is a {request.platform}"
-        if (reason := _interval_only(request) or _wrong_type(request)) is not None:
+        if (reason := _no_kernel(request, self.interpret)) is not None:
             return reason
         if request.soft_cap is not None:
             return "it has no soft cap"
@@ -219,9 +217,7 @@ class TpuFlash(_TwoPasses):
 
     def supports(self, request: Request) -> str | None:
         """Intervals on TPUs, in the types that its products have."""
-        if request.platform != "tpu" and not self.interpret:
-            return f"it needs a TPU, and this is a {request.platform}"
-        if (reason := _interval_only(request) or _wrong_type(request)) is not None:
+        if (reason := _no_kernel(request, self.interpret)) is not None:
             return reason
         tiles = self.tiles.within(request.queries, request.keys)
         size = request.rows * (16 * -(-request.queries // tiles.query) + 8 * -(-request.keys // tiles.key))
@@ -450,8 +446,12 @@ def _interval_only(request: Request) -> str | None:
     return f"it knows intervals, and {words[asked[0]]} is asked for" if asked else None
 
 
-def _wrong_type(request: Request) -> str | None:
-    """Why our kernels refuse arrays."""
+def _no_kernel(request: Request, interpret: bool) -> str | None:
+    """Why our kernels for TPUs refuse, whatever the sizes."""
+    if request.platform != "tpu" and not interpret:
+        return f"it needs a TPU, and this is a {request.platform}"
+    if (reason := _interval_only(request)) is not None:
+        return reason
     if request.dtypes not in (("bfloat16",), ("float32",)):
         return f"it takes bfloat16 or float32, and these are {' and '.join(request.dtypes)}"
     if request.head_dim > 256:

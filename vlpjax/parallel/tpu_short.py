@@ -82,10 +82,8 @@ def backward(
     Float[Array, "batch keys heads head_dim"],
 ]:
     """The gradients of queries, keys and values, each in its own type: no sum goes beyond one grid step."""
-    del (
-        soft_cap,
-        mixed,
-    )  # what the mixed values are needed for elsewhere is a sum over weights that are there anyway
+    # What the mixed values are needed for elsewhere is a sum over weights that are there anyway.
+    del soft_cap, mixed
     queries, keys = (_pack(x) for x in (query * scale, key))
     both, whole = _intervals(interval, queries.shape[2], key.shape[1], keys.shape[2])
     missing = queries.shape[2] - query.shape[1]
