@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from tests.objectives.rig import SIZE, experiment_of, run_config
-from tests.tiny import Rows, layout_of
+from tests.tiny import Rows, abstract_of, layout_of
 from vlpjax.checkpoint import Checkpoints
 from vlpjax.config import spec
 from vlpjax.data.feed import feed
@@ -24,7 +24,7 @@ from vlpjax.flags import order_simulated_devices
 from vlpjax.main import PROCESSES, parse
 from vlpjax.objectives.ntxent import NTXent
 from vlpjax.processes import join
-from vlpjax.step import abstract_state, initial_state, make_train_step
+from vlpjax.step import initial_state, make_train_step
 
 BATCH, STEPS = 16, 2
 SHAPE = (SIZE, SIZE, 3)
@@ -55,7 +55,7 @@ def train(workdir: str, rows: Watched) -> list[float]:
         experiment_of(run_config(spec(NTXent, projector=(16, 8)))),
     )
     shapes = {name: jax.ShapeDtypeStruct((BATCH, *SHAPE), np.float32) for name in ("view1", "view2")}
-    abstract, shardings = abstract_state(experiment, shapes, layout)
+    abstract, shardings = abstract_of(experiment, shapes, layout)
     state = jax.jit(lambda: initial_state(experiment, shapes), out_shardings=shardings)()
     step = make_train_step(experiment, layout, shardings, layout.sharding("batch"))
     checkpoints, losses = Checkpoints(workdir), []

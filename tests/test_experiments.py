@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,6 @@ import jax
 import numpy as np
 import pytest
 
-from tests.tiny import most_optimizations_off
 from tools.compare import read_proof
 from tools.fetch_weights import fetch
 from vlpjax.config import Config, apply_overrides, leaves, load
@@ -65,13 +65,6 @@ TRAINABLE = [name for name in EXPERIMENTS if not is_paper(name)]
 PAPER = [name for name in EXPERIMENTS if is_paper(name)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly() -> Iterator[None]:
-    """Two steps take a moment, compiling them does not."""
-    with most_optimizations_off():
-        yield
-
-
 @pytest.fixture(autouse=True)
 def weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights that an experiment lists are in the folder ``weights`` of the working directory."""
@@ -95,6 +88,13 @@ def shrunk(config: Config) -> Config:
     batch_size = BATCH * config.accumulate
     overrides = {"data.train.batch_size": batch_size, "data.train.workers": 0, "data.train.prefetch": 1}
     return apply_overrides(config, [(path, str(value)) for path, value in overrides.items()])
+
+
+@functools.lru_cache(maxsize=1)  # its tests run one after the other
+def run_of(experiment: str) -> Run:
+    """An experiment made ready: as its paper says without its data, or with a small batch."""
+    config = config_of(experiment)
+    return Run.from_config(config, data=False) if is_paper(experiment) else Run.from_config(shrunk(config))
 
 
 def drawn(run: Run) -> Any:
@@ -133,10 +133,7 @@ def golden_text(experiment: str) -> str:
     """What the golden file of an experiment should hold.  Fields keep their order, because it can matter."""
     config = config_of(experiment)
     lines = [experiment, "", *(f"{path} = {value!r}" for path, value in leaves(config)), ""]
-    rows = parameter_rows(
-        Run.from_config(config, data=False) if is_paper(experiment) else Run.from_config(shrunk(config))
-    )
-    return "\n".join([*lines, *map(described, rows), ""])
+    return "\n".join([*lines, *map(described, parameter_rows(run_of(experiment))), ""])
 
 
 def golden_path(experiment: str) -> Path:
@@ -200,7 +197,7 @@ def test_every_golden_file_has_its_experiment(write_golden):
 
 @pytest.mark.parametrize("experiment", TRAINABLE)
 def test_two_steps(experiment):
-    run = Run.from_config(shrunk(config_of(experiment)))
+    run = run_of(experiment)
     assert set(prepare_evaluators(run)) == set(run.config.evaluators)
     shardings, batch_sharding = run.abstract[1], run.batch_shardings
     step = make_train_step(run.experiment, run.layout, shardings, batch_sharding)
@@ -224,7 +221,7 @@ def test_two_steps(experiment):
 
 @pytest.mark.parametrize("experiment", PAPER)
 def test_the_published_settings_make_a_step(experiment):
-    run = Run.from_config(config_of(experiment), data=False)
+    run = run_of(experiment)
     abstract, _ = run.abstract
     state, metrics = jax.eval_shape(
         lambda state, batch: train_step(run.experiment, state, batch), abstract, run.batch_shapes

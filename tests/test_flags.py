@@ -6,22 +6,23 @@ import os
 
 import pytest
 
-from vlpjax.flags import ONE_ORDER, order_simulated_devices
+from vlpjax.flags import SIMULATED, order_simulated_devices
 
-SIMULATED = "--xla_force_host_platform_device_count=8"
+DEVICES = "--xla_force_host_platform_device_count=8"
+ORDER, PATIENCE = SIMULATED
 CHOSEN = "--xla_cpu_enable_concurrency_optimized_scheduler=true"
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (SIMULATED, f"{SIMULATED} {ONE_ORDER}"),
-        (f"{SIMULATED} {ONE_ORDER}", f"{SIMULATED} {ONE_ORDER}"),
-        (f"{CHOSEN} {SIMULATED}", f"{CHOSEN} {SIMULATED}"),
+        (DEVICES, f"{DEVICES} {ORDER} {PATIENCE}"),
+        (f"{DEVICES} {ORDER} {PATIENCE}", f"{DEVICES} {ORDER} {PATIENCE}"),
+        (f"{CHOSEN} {DEVICES}", f"{CHOSEN} {DEVICES} {PATIENCE}"),
         ("", ""),
     ],
 )
-def test_simulated_devices_take_their_collectives_in_one_order(
+def test_simulated_devices_take_their_collectives_in_one_order_and_wait(
     before: str, after: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XLA_FLAGS", before)
@@ -30,4 +31,4 @@ def test_simulated_devices_take_their_collectives_in_one_order(
 
 
 def test_the_tests_do() -> None:
-    assert ONE_ORDER in os.environ["XLA_FLAGS"]
+    assert {ORDER, PATIENCE} <= set(os.environ["XLA_FLAGS"].split())

@@ -15,10 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tests.tiny import (
     NormTower,
     Trained,
+    abstract_of,
     experiment_of,
     layout_of,
     model_config,
-    most_optimizations_off,
     random_batch,
     run_config,
     take_steps,
@@ -31,7 +31,7 @@ from vlpjax.objectives.moco import MoCoV2
 from vlpjax.rules import tree_names
 from vlpjax.run import Run, apply_mesh_rules
 from vlpjax.state import TrainState, check_replicated, replicated_share
-from vlpjax.step import abstract_state, gradients
+from vlpjax.step import gradients
 from vlpjax.teachers import EMA
 
 
@@ -200,8 +200,7 @@ def config_with_everything() -> Config:
 @pytest.fixture(scope="module")
 def trained() -> Trained:
     """One real step on replica=2, fsdp=2, tensor=2."""
-    with most_optimizations_off():
-        return take_steps(config_with_everything(), layout_of(8, replica=2, fsdp=2, tensor=2))
+    return take_steps(config_with_everything(), layout_of(8, replica=2, fsdp=2, tensor=2))
 
 
 PLACES = {
@@ -272,9 +271,8 @@ def test_every_leaf_of_the_gradient_lies_where_its_parameter_does(trained: Train
         with layout.activate():
             return gradients(experiment, state, batch, shardings.params)[2]
 
-    with most_optimizations_off():
-        jitted = jax.jit(inside, in_shardings=(shardings, layout.sharding("batch")))
-        compiled = jitted.lower(jax.eval_shape(lambda: trained.state), random_batch()).compile()
+    jitted = jax.jit(inside, in_shardings=(shardings, layout.sharding("batch")))
+    compiled = jitted.lower(jax.eval_shape(lambda: trained.state), random_batch()).compile()
     for name, leaf, found, planned in zip(
         tree_names(trained.state.params),
         jax.tree.leaves(trained.state.params),
@@ -292,7 +290,7 @@ def test_metrics_are_on_every_device(trained: Trained) -> None:
 
 def test_no_matrix_is_silently_replicated() -> None:
     layout = layout_of(8)
-    abstract, shardings = abstract_state(experiment_of(config_with_everything()), random_batch(), layout)
+    abstract, shardings = abstract_of(experiment_of(config_with_everything()), random_batch(), layout)
     for tree, places in ((abstract.params, shardings.params), (abstract.optimizer, shardings.optimizer)):
         for name, leaf, place in zip(
             tree_names(tree), jax.tree.leaves(tree), jax.tree.leaves(places), strict=True
@@ -305,7 +303,7 @@ def test_no_matrix_is_silently_replicated() -> None:
             ):
                 assert place.shard_shape(leaf.shape) != leaf.shape, name
     config = model_config(teachers=dict(ema=spec(EMA)))
-    abstract, shardings = abstract_state(experiment_of(config), random_batch(), layout)
+    abstract, shardings = abstract_of(experiment_of(config), random_batch(), layout)
     assert 0 < replicated_share(abstract, shardings) < 0.05
     everywhere = jax.tree.map(lambda _: layout.replicated, shardings)
     assert replicated_share(abstract, everywhere) == 1.0
@@ -322,7 +320,7 @@ class Plain(nn.Module):
 def test_parameters_without_axis_names_are_sharded_along_their_largest_dimension() -> None:
     config = model_config()
     config.towers.image = spec(Plain)
-    _, shardings = abstract_state(experiment_of(config), random_batch(), layout_of(8))
+    _, shardings = abstract_of(experiment_of(config), random_batch(), layout_of(8))
     assert shardings.params["image"]["Dense_0"]["kernel"].spec == PartitionSpec(("fsdp",), None)  # [768, 24]
     assert shardings.params["image"]["Dense_1"]["kernel"].spec == PartitionSpec(("fsdp",), None)  # [24, 16]
     assert shardings.params["image"]["Dense_0"]["bias"].is_fully_replicated
@@ -361,7 +359,7 @@ def test_a_large_parameter_that_every_device_would_copy_is_told() -> None:
     config = model_config()
     config.towers.image = spec(Uneven)
     layout = layout_of(8)
-    abstract, shardings = abstract_state(experiment_of(config), random_batch(), layout)
+    abstract, shardings = abstract_of(experiment_of(config), random_batch(), layout)
     with pytest.raises(
         UserError, match=r"image/Dense_1/kernel of shape 4099x4201 \(69 MB\).* fsdp=8 divides"
     ):
@@ -369,7 +367,7 @@ def test_a_large_parameter_that_every_device_would_copy_is_told() -> None:
     alone = layout_of(8, replica=8)  # where every device is meant to hold everything
     check_replicated(abstract.params, jax.tree.map(lambda _: alone.replicated, shardings.params), alone)
     config.towers.image = spec(Plain)  # small enough not to matter
-    abstract, shardings = abstract_state(experiment_of(config), random_batch(), layout)
+    abstract, shardings = abstract_of(experiment_of(config), random_batch(), layout)
     check_replicated(abstract.params, jax.tree.map(lambda _: layout.replicated, shardings.params), layout)
 
 

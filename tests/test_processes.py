@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.processes_tiny import BATCH, STEPS, source, train
-from tests.tiny import ROOT, assert_trees_close
+from tests.tiny import ROOT, assert_trees_close, simulating
 from vlpjax.checkpoint import load_params
 from vlpjax.errors import UserError
 from vlpjax.processes import join
@@ -40,12 +39,10 @@ def free_port(low: int = 0) -> int:
 
 def together(*processes: tuple[list[str], dict[str, str]], devices: int = 2) -> list[tuple[int, str, str]]:
     """Runs the program with these arguments and variables at the same time; how each ended and what it said."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    base = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.processes_tiny", *arguments],
-            cwd=ROOT, env=base | variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=ROOT, env=simulating(devices) | variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for arguments, variables in processes
     ]  # fmt: skip

@@ -19,6 +19,7 @@ from tests.tiny import (
     Noisy,
     NormTower,
     Trained,
+    abstract_of,
     assert_trees_close,
     assert_trees_equal,
     experiment_of,
@@ -32,7 +33,7 @@ from vlpjax.config import Config, spec
 from vlpjax.objectives.base import BatchCoupled, Context, Loss, fold_name
 from vlpjax.rules import map_with_names, tree_names
 from vlpjax.state import TrainState
-from vlpjax.step import abstract_state, gradients, initial_state, make_train_step, train_step
+from vlpjax.step import gradients, initial_state, make_train_step, train_step
 from vlpjax.teachers import EMA, Teacher
 
 SPLITS = [(devices, replica) for devices in (2, 4, 8) for replica in (1, 2, 4, 8) if replica <= devices]
@@ -77,7 +78,7 @@ def test_five_steps_are_the_same_on_every_mesh(one_device: Trained, devices: int
 def test_the_memory_of_the_old_state_is_used_for_the_new_one(one_device: Trained) -> None:
     config, layout, batch = model_config(dropout=0.1), layout_of(1), random_batch()
     experiment = experiment_of(config)
-    _, shardings = abstract_state(experiment, batch, layout)
+    _, shardings = abstract_of(experiment, batch, layout)
     step = make_train_step(experiment, layout, shardings, layout.sharding("batch"))
     state = jax.device_put(one_device.history[0], shardings)
     new, _ = step(state, batch)
@@ -93,7 +94,7 @@ def test_the_memory_of_the_old_state_is_used_for_the_new_one(one_device: Trained
 def test_every_gradient_is_pinned_where_its_parameter_lies() -> None:
     """Values do not show it: without the pin a compiler may gather whole gradients on every device."""
     experiment, layout, batch = experiment_of(model_config()), layout_of(8), random_batch()
-    abstract, shardings = abstract_state(experiment, batch, layout)
+    abstract, shardings = abstract_of(experiment, batch, layout)
     step = jax.make_jaxpr(lambda state, batch: train_step(experiment, state, batch, shardings.params))
     pins = [
         equation.params["sharding"]

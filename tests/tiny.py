@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ from vlpjax.objectives.base import BatchCoupled, Context, Loss, Objective
 from vlpjax.objectives.contrastive import InfoNCE
 from vlpjax.optim.optimizer import Optimizer, Schedule
 from vlpjax.state import TrainState
-from vlpjax.step import abstract_state, initial_state, make_train_step
+from vlpjax.step import abstract_state, abstract_variables, initial_state, make_train_step
 
 ROOT = Path(__file__).parents[1]
 SIZE, LENGTH, BATCH, STEPS = 16, 8, 16, 12
@@ -46,10 +47,10 @@ VOCABULARY = 32  # of random batches; runs on real captions take the tokenizer's
 
 
 @contextlib.contextmanager
-def most_optimizations_off() -> Iterator[None]:
-    """Compiles in half of the time, for what runs for a moment only."""
+def optimised() -> Iterator[None]:
+    """Compiles as outside of tests: for programs that take longer to run than to compile."""
     before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 
@@ -146,6 +147,11 @@ def layout_of(devices: int = 1, **sizes: int) -> Layout:
     return make_layout(sizes or {"fsdp": devices}, devices=jax.devices()[:devices])
 
 
+def abstract_of(experiment: Experiment, batch: Any, layout: Layout) -> tuple[TrainState, TrainState]:
+    """Shapes and shardings of the train state, without a run."""
+    return abstract_state(experiment, abstract_variables(experiment, batch), layout)
+
+
 @dataclass
 class Trained:
     """A few steps on one mesh."""
@@ -163,7 +169,7 @@ def take_steps(
     """Trains on random batches, without a work directory; ``start`` saves compiling the initialisation."""
     experiment = experiment_of(config, batch_size)
     batches = [random_batch(seed, batch_size) for seed in range(max(steps, 1))]
-    _, shardings = abstract_state(experiment, batches[0], layout)
+    _, shardings = abstract_of(experiment, batches[0], layout)
     if start is None:
         state = jax.jit(lambda batch: initial_state(experiment, batch), out_shardings=shardings)(batches[0])
     else:
@@ -196,16 +202,18 @@ def assert_trees_equal(ours: Any, theirs: Any) -> None:
     jax.tree_util.tree_map_with_path(check, ours, theirs)
 
 
+def simulating(devices: int) -> dict[str, str]:
+    """The environment of a program with that many CPU devices, compiled as quickly as the tests' own."""
+    flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+
+
 def command(*arguments: str, devices: int = 1, **environment: str) -> tuple[list[str], dict[str, Any]]:
     """What ``subprocess.Popen`` takes to run the program on ``devices`` CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    variables = (
-        os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | environment
-    )
     cache = f"--compilation_cache={jax.config.jax_compilation_cache_dir or ''}"
     return [sys.executable, "-m", "vlpjax.main", cache, *arguments], {
         "cwd": ROOT,
-        "env": variables,
+        "env": simulating(devices) | environment,
         "text": True,
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,

@@ -53,9 +53,9 @@ class ParameterRow:
 def parameter_rows(run: Run) -> list[ParameterRow]:
     """A row for every parameter of a run, in the order of their names."""
     abstract, shardings = run.abstract
-    sample = {name: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) for name, x in run.batch_shapes.items()}
-    boxed = jax.eval_shape(run.experiment.initial_variables, sample)["params"]
-    boxes = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
+    boxes = jax.tree.leaves(
+        run.variables["params"], is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
+    )
     factors = run.experiment.optimizer.factors(abstract.params)
     layers = run.experiment.optimizer.layer_factors(abstract.params)
     rows = []

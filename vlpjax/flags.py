@@ -47,19 +47,24 @@ OPTIONS: tuple[tuple[str, dict[str, str]], ...] = (
 )
 
 
-# Left to its default, XLA runs independent collectives of CPU devices in any order on a pool of threads.  Where cores
-# are few, some devices then wait in one collective and the others in another, and XLA aborts the process.
-ONE_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+# For devices that XLA_FLAGS simulates.  Left to its default, XLA runs independent collectives of CPU devices in any
+# order on a pool of threads: where cores are few, some devices wait in one collective and others in another.  And it
+# aborts the process when a device comes 40 seconds late, which a device that shares a core with seven others may.
+SIMULATED = (
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+)
 
 
 def order_simulated_devices() -> None:
-    """Has the devices that XLA_FLAGS simulates run their collectives in one order, as real ones do.
+    """Has the devices that XLA_FLAGS simulates run their collectives in one order, as real ones do, and wait for each.
 
     To be called before JAX makes its first device.  It does nothing without simulated devices, or where somebody chose.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" in flags and ONE_ORDER.partition("=")[0] not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {ONE_ORDER}"
+    if "xla_force_host_platform_device_count" in flags:
+        own = [flag for flag in SIMULATED if flag.partition("=")[0] not in flags]
+        os.environ["XLA_FLAGS"] = " ".join([flags, *own])
 
 
 def compiler_options(device: Any, own: Sequence[str] = ()) -> dict[str, str]:

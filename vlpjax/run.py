@@ -23,7 +23,7 @@ from vlpjax.errors import UserError
 from vlpjax.experiment import Experiment, base_config
 from vlpjax.mesh import Layout, devices_along, hardware_name, make_layout, pick_rule
 from vlpjax.state import TrainState, check_replicated
-from vlpjax.step import abstract_state
+from vlpjax.step import abstract_state, abstract_variables
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,18 @@ class Run:
         return {name: jax.ShapeDtypeStruct((size, *np.shape(x)[1:]), x.dtype) for name, x in row.items()}
 
     @functools.cached_property
+    def variables(self) -> Any:
+        """Shapes of parameters, with their axes and initialisers, and of statistics."""
+        return abstract_variables(self.experiment, self.batch_shapes)
+
+    @functools.cached_property
     def abstract(self) -> tuple[TrainState, TrainState]:
         """Shapes and shardings of the train state.
 
         Raises:
           UserError: parameters that cannot be divided, or too many that every device would hold a copy of.
         """
-        abstract, shardings = abstract_state(self.experiment, self.batch_shapes, self.layout)
+        abstract, shardings = abstract_state(self.experiment, self.variables, self.layout)
         check_replicated(abstract.params, shardings.params, self.layout)
         return abstract, shardings
 

@@ -31,7 +31,12 @@ BatchShardings = NamedSharding | Mapping[str, NamedSharding]  # of all fields, o
 def initial_state(experiment: Experiment, batch: Any) -> TrainState:
     """The state before the first step.  Pure; ``batch`` gives shapes only."""
     sample = {name: jnp.zeros((2, *value.shape[1:]), value.dtype) for name, value in batch.items()}
-    variables = nn.meta.unbox(experiment.initial_variables(sample))
+    return _state_with(experiment, experiment.initial_variables(sample))
+
+
+def _state_with(experiment: Experiment, variables: Any) -> TrainState:
+    """The state before the first step, around parameters and statistics as they are initialised."""
+    variables = nn.meta.unbox(variables)
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -43,12 +48,19 @@ def initial_state(experiment: Experiment, batch: Any) -> TrainState:
     )
 
 
-def abstract_state(experiment: Experiment, batch: Any, layout: Layout) -> tuple[TrainState, TrainState]:
-    """Shapes and shardings of the state, without making it."""
+def abstract_variables(experiment: Experiment, batch: Any) -> Any:
+    """Shapes of parameters and statistics, each parameter in the box that names its axes and its initialiser.
+
+    All objectives are traced for it, which takes seconds for a deep tower: who needs it twice keeps it.
+    """
     sample = {name: jax.ShapeDtypeStruct((2, *value.shape[1:]), value.dtype) for name, value in batch.items()}
-    boxed = jax.eval_shape(experiment.initial_variables, sample)
-    abstract = jax.eval_shape(lambda sample: initial_state(experiment, sample), sample)
-    return abstract, state_shardings(abstract, layout.shard_parameters(boxed["params"]), layout)
+    return jax.eval_shape(experiment.initial_variables, sample)
+
+
+def abstract_state(experiment: Experiment, variables: Any, layout: Layout) -> tuple[TrainState, TrainState]:
+    """Shapes and shardings of the state around ``abstract_variables``, without making it."""
+    abstract = jax.eval_shape(lambda variables: _state_with(experiment, variables), variables)
+    return abstract, state_shardings(abstract, layout.shard_parameters(variables["params"]), layout)
 
 
 def make_train_step(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from tests.tiny import assert_trees_close, most_optimizations_off
+from tests.tiny import assert_trees_close
 from vlpjax.errors import UserError
 from vlpjax.mesh import Layout, make_layout
 from vlpjax.models.decoder import Decoder, prefix_causal
@@ -37,13 +36,6 @@ MESHES = [
     ({"replica": 2, "ring": 2, "tensor": 2}, "zigzag", "gather", "none"),
     ({"ring": 2, "ulysses": 2, "tensor": 2}, "contiguous", "ulysses_gather", "none"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    """Programs here run once."""
-    with most_optimizations_off():
-        yield
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from tests.tiny import on_host
+from tests.tiny import abstract_of, on_host
 from vlpjax.config import Config, spec
 from vlpjax.durations import Durations
 from vlpjax.experiment import Experiment, base_config
@@ -24,7 +24,7 @@ from vlpjax.models.towers import Towers
 from vlpjax.objectives.base import BatchCoupled, Context, Loss, head_name
 from vlpjax.optim.optimizer import Optimizer, Schedule
 from vlpjax.state import TrainState
-from vlpjax.step import abstract_state, gradients, initial_state, make_train_step
+from vlpjax.step import gradients, initial_state, make_train_step
 
 SIZE, BATCH, STEPS = 8, 16, 100
 DURATIONS = Durations(BATCH, 4 * BATCH, STEPS)
@@ -214,7 +214,7 @@ def update(
     """The state after a step on a mesh, and the step's metrics, on the host."""
     experiment = experiment_of(config, len(next(iter(batch.values()))))
     layout = layout or make_layout({}, devices=jax.devices()[:1])
-    _, shardings = abstract_state(experiment, batch, layout)
+    _, shardings = abstract_of(experiment, batch, layout)
     step = make_train_step(experiment, layout, shardings, layout.sharding("batch"))
     placed = jax.device_put(dict(batch), layout.sharding("batch"))
     new, metrics = step(jax.device_put(state, shardings), placed)

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from tests.tiny import assert_trees_close, experiment_of, layout_of, model_config, on_host
+from tests.tiny import abstract_of, assert_trees_close, experiment_of, layout_of, model_config, on_host
 from vlpjax.config import Config, spec
 from vlpjax.errors import UserError
 from vlpjax.mesh import Layout
 from vlpjax.models.decoder import Decoder
 from vlpjax.objectives.next_token import NextToken
-from vlpjax.step import abstract_state, gradients, initial_state
+from vlpjax.step import gradients, initial_state
 
 ROWS, LENGTH, VOCABULARY, Z_LOSS = 16, 8, 24, 0.1
 RANDOM = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def grads_of(config: Config, state: Any, layout: Layout | None = None) -> Any:
 
     if layout is None:
         return on_host(jax.jit(run)(state, batch))
-    state = jax.device_put(state, abstract_state(experiment, batch, layout)[1])
+    state = jax.device_put(state, abstract_of(experiment, batch, layout)[1])
     with layout.activate():
         return on_host(jax.jit(run)(state, jax.device_put(batch, layout.sharding("batch"))))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,11 +12,11 @@ import pytest
 from flax import linen as nn
 
 from tests.tiny import (
+    abstract_of,
     assert_trees_close,
     experiment_of,
     layout_of,
     model_config,
-    most_optimizations_off,
     on_host,
 )
 from vlpjax.config import Config, build, spec
@@ -28,7 +27,7 @@ from vlpjax.models.decoder import Decoder
 from vlpjax.models.vision_language import VisionLanguageModel
 from vlpjax.models.vit import ViT
 from vlpjax.objectives.visual_next_token import VisualNextToken
-from vlpjax.step import abstract_state, gradients, initial_state
+from vlpjax.step import gradients, initial_state
 
 ROWS, LENGTH, VOCABULARY, FRAMES, EACH, SIZE = 8, 32, 24, 6, 2, 16
 PLACEHOLDER = VOCABULARY  # behind the vocabulary
@@ -49,13 +48,6 @@ def rows() -> dict[str, np.ndarray]:
 
 
 BATCH = rows()
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    """Programs here run once."""
-    with most_optimizations_off():
-        yield
 
 
 def config_of(accumulate: int = 1, **fields: Any) -> Config:
@@ -90,7 +82,7 @@ def found(config: Config, layout: Layout | None = None) -> Any:
 
     if layout is None:
         return on_host(jax.jit(run)(state(), BATCH))
-    placed = jax.device_put(state(), abstract_state(experiment, BATCH, layout)[1])
+    placed = jax.device_put(state(), abstract_of(experiment, BATCH, layout)[1])
     with layout.activate():
         return on_host(jax.jit(run)(placed, jax.device_put(BATCH, layout.sharding("batch"))))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import layout_of, most_optimizations_off
+from tests.tiny import layout_of
 from vlpjax.errors import UserError
 from vlpjax.mesh import Layout, active_platform
 from vlpjax.parallel import attention, backends, chunked, tpu_flash
@@ -37,12 +36,6 @@ from vlpjax.parallel.tpu_tiles import Tiles
 
 LENGTH = 128
 INTERPRETED = TpuFlash(Tiles(128, 128), interpret=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_to_compile() -> Iterator[None]:
-    with most_optimizations_off():
-        yield
 
 
 LONG = Request("tpu", ("bfloat16",), 8192, 8192, heads=8, kv_heads=2, head_dim=128)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import layout_of, most_optimizations_off
+from tests.tiny import layout_of
 from vlpjax.mesh import constrain, make_layout
 from vlpjax.parallel.copies import Devices, look_up
 from vlpjax.parallel.gathering import rings, stages
@@ -77,7 +77,7 @@ def test_gradients_of_copies_are_summed_up_into_pieces_and_nowhere_whole(
     expected = jax.value_and_grad(theirs)(KERNEL, x)
     lies = layout.sharding("embed", "vocabulary")
     capfd.readouterr()
-    with layout.activate(), most_optimizations_off():
+    with layout.activate():
         step: Any = jax.jit(
             jax.value_and_grad(ours),
             in_shardings=(lies, layout.sharding("batch")),
@@ -119,7 +119,7 @@ def test_rows_are_exchanged_where_that_is_less_than_the_table(
 
     expected = jax.value_and_grad(lambda table: jnp.sum(jnp.sin(table[ids])))(table)
     places = (layout.sharding("vocabulary", "embed"), layout.sharding("batch"))
-    with layout.activate(), most_optimizations_off():
+    with layout.activate():
         step = jax.jit(
             jax.value_and_grad(total), in_shardings=places, out_shardings=(layout.replicated, places[0])
         ).lower(table, ids)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import most_optimizations_off
 from vlpjax.errors import UserError
 from vlpjax.mesh import make_layout
 from vlpjax.models.vision_language import insert_images
@@ -47,13 +45,6 @@ ROWS = {
     # All in a single row of the batch; the others have no frames.
     "one row": marked([], [], slice(0, K), []),
 }
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    """Programs here run once."""
-    with most_optimizations_off():
-        yield
 
 
 def expected(marks: np.ndarray, count: int = K) -> np.ndarray:

@@ -11,10 +11,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.tiny import (
+    abstract_of,
     experiment_of,
     layout_of,
     model_config,
-    most_optimizations_off,
     on_host,
     random_batch,
 )
@@ -26,7 +26,7 @@ from vlpjax.objectives.masking import RandomPatches
 from vlpjax.objectives.targets import Pixels
 from vlpjax.rules import tree_names
 from vlpjax.state import TrainState
-from vlpjax.step import abstract_state, gradients, initial_state
+from vlpjax.step import gradients, initial_state
 
 DEVICES = 8
 REMATERIALIZATION = "nvoluntary full rematerialization"
@@ -54,14 +54,12 @@ EXPERIMENT, BATCH = two_kinds(), random_batch()
 
 @pytest.fixture(scope="module")
 def state() -> TrainState:
-    with most_optimizations_off():
-        made: TrainState = on_host(jax.jit(lambda: initial_state(EXPERIMENT, BATCH))())
-    return made
+    return on_host(jax.jit(lambda: initial_state(EXPERIMENT, BATCH))())
 
 
 def differentiated(state: TrainState, layout: Layout) -> tuple[dict[str, float], Any]:
     """Losses and gradients on a mesh, on the host."""
-    _, shardings = abstract_state(EXPERIMENT, BATCH, layout)
+    _, shardings = abstract_of(EXPERIMENT, BATCH, layout)
 
     def inside(state: TrainState, batch: Any) -> Any:
         with layout.activate():
@@ -69,9 +67,8 @@ def differentiated(state: TrainState, layout: Layout) -> tuple[dict[str, float],
             return {name: loss.value for name, loss in losses.items()}, grads
 
     places = (shardings, layout.sharding("batch"))
-    with most_optimizations_off():
-        run = jax.jit(inside, in_shardings=places)
-        return on_host(run(*jax.device_put((state, dict(BATCH)), places)))
+    run = jax.jit(inside, in_shardings=places)
+    return on_host(run(*jax.device_put((state, dict(BATCH)), places)))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiny import assert_trees_close, layout_of, most_optimizations_off
+from tests.tiny import assert_trees_close, layout_of
 from vlpjax.errors import UserError
 from vlpjax.mesh import Layout, make_layout
 from vlpjax.parallel.attention import Interval, attend
@@ -77,16 +77,6 @@ def dense(
     return mixed, *pull(gradient)
 
 
-def quick(run: Any) -> Any:
-    """A program that is compiled in half of the time."""
-
-    def call(*arrays: Any) -> Any:
-        with most_optimizations_off():
-            return run(*arrays)
-
-    return call
-
-
 def sharded(layout: Layout, order: TokenOrder, scheme: str, soft_cap: float | None = None) -> Any:
     """The same over sequence ranks; takes and gives arrays in the row's order."""
 
@@ -103,7 +93,7 @@ def sharded(layout: Layout, order: TokenOrder, scheme: str, soft_cap: float | No
             )
             return tuple(order.unpermute(x, 1) for x in (mixed, *pull(gradient)))
 
-    return quick(run)
+    return run
 
 
 @functools.cache

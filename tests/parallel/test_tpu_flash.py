@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,18 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import most_optimizations_off
 from vlpjax.errors import UserError
 from vlpjax.parallel.attention import Interval, attend, causal, intersect, prefix, segments
 from vlpjax.parallel.tpu_flash import backward, forward
 from vlpjax.parallel.tpu_tiles import Tables, Tiles
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_to_compile() -> Iterator[None]:
-    with most_optimizations_off():
-        yield
-
 
 SMALL = Tiles(query=128, key=128)
 SCALE = 0.2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,17 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import layout_of, most_optimizations_off
+from tests.tiny import layout_of
 from vlpjax.parallel import attention
 from vlpjax.parallel.attention import Interval, causal
 from vlpjax.parallel.backends import TpuShort, attend
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_to_compile() -> Iterator[None]:
-    with most_optimizations_off():
-        yield
-
 
 B, QUERIES, KEYS, H, D = 8, 128, 256, 2, 24
 SHORT = TpuShort(interpret=True)

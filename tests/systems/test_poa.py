@@ -13,7 +13,7 @@ import pytest
 from tests.objectives.rig import compared, experiment_of, head_variables, new_state, run_config, views
 from tests.systems.test_dino import logits_of, softmax
 from tests.systems.test_ibot import PATCHES, REAL
-from tests.tiny import assert_trees_close, assert_trees_equal, layout_of, on_host
+from tests.tiny import abstract_of, assert_trees_close, assert_trees_equal, layout_of, on_host
 from vlpjax.config import Config, spec
 from vlpjax.errors import UserError
 from vlpjax.mesh import Layout
@@ -25,7 +25,7 @@ from vlpjax.objectives.base import Context
 from vlpjax.objectives.koleo import koleo
 from vlpjax.objectives.poa import POA, multiplicities, size_list
 from vlpjax.state import TrainState
-from vlpjax.step import abstract_state, make_train_step
+from vlpjax.step import make_train_step
 from vlpjax.teachers import EMA
 
 LOCAL = ("local1", "local2")
@@ -123,7 +123,7 @@ def test_the_loss_has_three_branches_and_is_a_mean_over_heads() -> None:
 def run(config: Config, layout: Layout, start: TrainState, batch: Any, steps: int) -> tuple[TrainState, Any]:
     """So many steps of one compiled program; the metrics of every step."""
     experiment = experiment_of(config, len(batch["index"]))
-    _, shardings = abstract_state(experiment, batch, layout)
+    _, shardings = abstract_of(experiment, batch, layout)
     step: Any = make_train_step(experiment, layout, shardings, layout.sharding("batch"))
     state, placed = jax.device_put((start, batch), (shardings, layout.sharding("batch")))
     program, found = step.lower(state, placed).compile(), []

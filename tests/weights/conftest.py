@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.tiny import most_optimizations_off
+from tests.tiny import optimised
 from vlpjax.weights import families
 
 
@@ -22,7 +22,7 @@ def small_families(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quickly(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Not for published weights (files that import ``real``), whose models take longer to run than to compile."""
-    with contextlib.nullcontext() if hasattr(request.module, "real") else most_optimizations_off():
+def well_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For published weights (files that import ``real``), whose models take longer to run than to compile."""
+    with optimised() if hasattr(request.module, "real") else contextlib.nullcontext():
         yield
