@@ -42,19 +42,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-class ByFileOrExperiment(LoadFileScheduling):
-    """A file's tests run in one process, for they share what they made; so do those of one experiment."""
+def scope_of(nodeid: str) -> str:
+    """What a test shares with others: its file, or in the file of all experiments its experiment."""
+    file, _, test = nodeid.partition("::")
+    experiment = test.partition("[")[2] if file.endswith("test_experiments.py") else ""
+    return experiment or file
+
+
+class ByScope(LoadFileScheduling):
+    """Tests run in one process with those that share something; experiments are divided over the processes."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file, _, test = nodeid.partition("::")
-        experiment = test.partition("[")[2] if file.endswith("test_experiments.py") else ""
-        return experiment or str(super()._split_scope(nodeid))
+        return scope_of(nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """The experiments, half of all the work, are divided over the processes."""
-    return ByFileOrExperiment(config, log) if config.getoption("dist") == "loadfile" else None
+    """Divides the tests over the processes."""
+    return ByScope(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Lets go of programs that no later test runs.
+
+    Each kernel of a compiled program takes places in the process's memory map, which is full after 65,530 of them;
+    XLA aborts then.
+    """
+    import jax
+
+    if nextitem is None or scope_of(item.nodeid) != scope_of(nextitem.nodeid):
+        jax.clear_caches()
 
 
 @pytest.fixture
