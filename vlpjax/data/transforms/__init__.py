@@ -1,7 +1,7 @@
 """Transforms of single examples: flat dicts in, flat dicts out.
 
-See the modules of this folder: `appearance`, `fields`, `frames`, `images`, `order`, `pairs`, `text_augment`, `texts`,
-`tiles` and `views`.
+See the modules of this folder: `appearance`, `conversations`, `fields`, `frames`, `images`, `order`, `pairs`,
+`text_augment`, `texts`, `tiles` and `views`.
 """
 
 from vlpjax.data.transforms.appearance import (
@@ -14,6 +14,7 @@ from vlpjax.data.transforms.appearance import (
     RandomErasing,
     Solarize,
 )
+from vlpjax.data.transforms.conversations import Ask, ChatTemplate, Conversation
 from vlpjax.data.transforms.fields import Drop, Keep, Rename
 from vlpjax.data.transforms.frames import Frames
 from vlpjax.data.transforms.images import (
@@ -35,9 +36,9 @@ from vlpjax.data.transforms.tiles import Tiles
 from vlpjax.data.transforms.views import Views
 
 __all__ = [
-    "CenterCrop", "ColorJitter", "Decode", "DrawCaption", "Drop", "EasyAugment", "FixedCaption",
-    "Frames", "GaussianBlur", "Grayscale", "Invert", "Keep", "Normalize", "Outline", "OverlappingCrops", "Pad",
-    "Perturb", "RandAugment", "RandomAffine", "RandomErasing", "RandomFlip", "RandomResizedCrop",
+    "Ask", "CenterCrop", "ChatTemplate", "ColorJitter", "Conversation", "Decode", "DrawCaption", "Drop", "EasyAugment",
+    "FixedCaption", "Frames", "GaussianBlur", "Grayscale", "Invert", "Keep", "Normalize", "Outline", "OverlappingCrops",
+    "Pad", "Perturb", "RandAugment", "RandomAffine", "RandomErasing", "RandomFlip", "RandomResizedCrop",
     "RemoveStopWords", "Rename", "Resize", "Solarize", "SwappedCaption", "Tiles", "Tokenize",
     "TranslatedName", "Trim", "Views",
 ]  # fmt: skip

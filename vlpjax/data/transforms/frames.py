@@ -1,4 +1,4 @@
-"""The frames of a video as one array, checked against the placeholders that stand for them."""
+"""The frames of a video, or the pictures of a text, as one array, checked against the placeholders for them."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import dataclasses
 
 import numpy as np
 from grain import transforms as grain_transforms
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vlpjax.data.bad import BadExample
 from vlpjax.data.transforms.fields import Example, require
-from vlpjax.data.transforms.images import RESAMPLING, Decode
+from vlpjax.data.transforms.images import RESAMPLING, WHITE, Decode, Fill, to_rgb
 from vlpjax.errors import UserError
+
+MODES = ("stretch", "pad", "crop")
 
 
 @dataclasses.dataclass(frozen=True)
 class Frames(grain_transforms.Map):
-    """Encoded pictures, a list of bytes -> uint8 [frames, size, size, 3]; rows with fewer are filled up with black.
+    """A list of pictures, encoded or not -> uint8 [frames, size, size, 3]; rows with fewer are filled up with black.
 
     A row has one placeholder per visual token of its frames.  One that has another number is left out of training, as
     any broken example is: in the model, which cannot raise, a placeholder without a visual token becomes NaN.
 
     Attributes:
       frames: that a row has room for.
-      size: height and width that every frame is resized to.
+      size: height and width that every frame is brought to: stretched, by ``mode`` ``"stretch"``; whole, on a square
+        of ``fill``, by ``"pad"``; or without what lies outside of its middle square, by ``"crop"``.
       tokens_per_frame: visual tokens that the connector makes of a frame.
       placeholder: the id that stands for one.
       field: of the pictures; ``tokens_field`` of the row's ids.
@@ -37,10 +40,14 @@ class Frames(grain_transforms.Map):
     field: str = "video"
     tokens_field: str = "tokens"
     resample: str = "bicubic"
+    mode: str = "stretch"
+    fill: Fill = WHITE
 
     def __post_init__(self) -> None:
         if self.resample not in RESAMPLING:
             raise UserError(f"Frames.resample is {self.resample!r}; it is one of {', '.join(RESAMPLING)}")
+        if self.mode not in MODES:
+            raise UserError(f"Frames.mode is {self.mode!r}; it is one of {', '.join(MODES)}")
 
     def map(self, element: Example) -> Example:
         encoded = require(element, self.field, (list, tuple))
@@ -49,9 +56,15 @@ class Frames(grain_transforms.Map):
         video = np.zeros((self.frames, self.size, self.size, 3), np.uint8)
         decode = Decode()
         for place, frame in enumerate(encoded):
-            image: Image.Image = decode.decode(frame)
-            video[place] = np.asarray(image.resize((self.size, self.size), RESAMPLING[self.resample]))
+            image = to_rgb(frame) if isinstance(frame, Image.Image) else decode.decode(frame)
+            video[place] = np.asarray(self._square(image))
         return {**element, self.field: video, self.tokens_field: tokens}
+
+    def _square(self, image: Image.Image) -> Image.Image:
+        size, resample = (self.size, self.size), RESAMPLING[self.resample]
+        if self.mode == "pad":
+            return ImageOps.pad(image, size, resample, color=self.fill)
+        return ImageOps.fit(image, size, resample) if self.mode == "crop" else image.resize(size, resample)
 
 
 def check_frames(
