@@ -112,6 +112,28 @@ def test_without_segments_every_token_but_the_first_counts(state: Any) -> None:
     assert loss.metrics["tokens"] == ROWS * LENGTH
 
 
+def test_a_token_counts_as_much_as_its_weight_says(state: Any, found: Any) -> None:
+    """The loss is the mean of those of any two parts of the tokens, by their weights."""
+    weights = np.where(IDS % 3 == 0, 0.0, np.where(SEGMENTS == 2, 2.0, 1.0)).astype(np.float32)
+
+    experiment = experiment_of(config_of(weight_field="weights"))
+    run = jax.jit(lambda state, batch: gradients(experiment, state, batch)[0]["next"])
+
+    def loss(weights: np.ndarray) -> Any:
+        return on_host(run(state, {**BATCH, "weights": weights}))
+
+    whole, parts = (
+        loss(weights),
+        [loss(np.where(SEGMENTS == 2, weights, 0)), loss(np.where(SEGMENTS != 2, weights, 0))],
+    )
+    counts = [part.metrics["tokens"] for part in parts]
+    assert counts[0] == 2 * np.sum((SEGMENTS[:, 1:] == 2) & (SEGMENTS[:, :-1] == 2) & (IDS[:, 1:] % 3 != 0))
+    np.testing.assert_allclose(whole.metrics["tokens"], sum(counts))
+    mean = sum(count * part.value for count, part in zip(counts, parts, strict=True)) / sum(counts)
+    np.testing.assert_allclose(whole.value, mean, rtol=1e-5)
+    assert_trees_close(loss(np.ones(IDS.shape, np.float32)), found[0], rtol=1e-6)
+
+
 def test_segments_are_one_per_token(state: Any) -> None:
     experiment = experiment_of(config_of())
     short = {**BATCH, "segment_ids": SEGMENTS[:, :-1]}

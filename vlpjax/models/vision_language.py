@@ -9,7 +9,7 @@ fields.  A prompt holds one placeholder id per image token; :func:`expand_prompt
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -89,6 +89,25 @@ def expand_prompts(
     return expanded
 
 
+def image_features(
+    outputs: Mapping[str, Any], layers: Sequence[int] | None, with_prefix: bool = False
+) -> Float[Array, "batch tokens features"]:
+    """Of what an image tower gave, the tokens for the connector.
+
+    Args:
+      outputs: of :class:`vlpjax.models.vit.ViT`, which was asked for these ``layers`` as ``hidden``.
+      layers: blocks whose outputs, feature behind feature, are the image's tokens; None takes the tokens after the
+        final norm.
+      with_prefix: whether the class token and registers are image tokens too, before the patches.
+    """
+    patches = outputs["tokens"]
+    if layers is None:
+        shown = [outputs["prefix"]] if with_prefix and "prefix" in outputs else []
+        return jnp.concatenate([*shown, patches], axis=1)
+    states = jnp.concatenate([outputs["hidden"][layer] for layer in layers], axis=-1)
+    return states if with_prefix else states[:, states.shape[1] - patches.shape[1] :]
+
+
 class VisionLanguageModel(nn.Module):
     """A decoder that sees images where its prompt has placeholders.
 
@@ -100,9 +119,7 @@ class VisionLanguageModel(nn.Module):
       connector: from its tokens to the decoder's, one of :mod:`vlpjax.models.connectors`.
       decoder: the language model.
       image_token: the id that stands for an image token.
-      image_layers: blocks of the tower whose outputs, feature behind feature, are the image's tokens; None takes
-        its tokens after the final norm.
-      image_prefix: whether the tower's class tokens and registers are image tokens too, before the patches.
+      image_layers, image_prefix: which of the tower's tokens are the image's, as :func:`image_features` takes them.
       tiling: how images of any size are cut; there is then a learned ``image_newline``.  None: one size.
       prefix_lm: whether prompts see all of themselves (PaliGemma, arXiv 2407.07726), so that calls must say how long
         they are.
@@ -140,7 +157,7 @@ class VisionLanguageModel(nn.Module):
         """
         each = images if images.ndim == 5 else images[:, None]  # [B, I, H, W, C]
         outputs = self.image(each.reshape(-1, *each.shape[2:]), hidden=self.image_layers or (), train=train)
-        tokens = self.connector(self._chosen(outputs))
+        tokens = self.connector(image_features(outputs, self.image_layers, self.image_prefix))
         tokens = tokens.reshape(each.shape[0], -1, tokens.shape[-1])  # [B, I N, D]
         if arrangement is None:
             return tokens
@@ -156,15 +173,6 @@ class VisionLanguageModel(nn.Module):
             tokens, place[..., None], axis=1, mode="fill", fill_value=jnp.nan
         )
         return arranged
-
-    def _chosen(self, outputs: dict[str, Any]) -> jax.Array:
-        """Of what the image tower gave, the tokens for the connector."""
-        patches = outputs["tokens"]
-        if self.image_layers is None:
-            shown = [outputs["prefix"]] if self.image_prefix and "prefix" in outputs else []
-            return jnp.concatenate([*shown, patches], axis=1)
-        states = jnp.concatenate([outputs["hidden"][layer] for layer in self.image_layers], axis=-1)
-        return states if self.image_prefix else states[:, states.shape[1] - patches.shape[1] :]
 
     def embed(
         self,

@@ -37,6 +37,8 @@ class NextToken(BatchCoupled):
       segment_field: of the batch; which document of its row each token is of, int32 [B, T + 1], from 1 on, and 0 for
         padding.  Documents do not see one another, positions count from the start of each.  Empty: every row is one
         text without padding.
+      weight_field: of the batch; how much each token counts, float32 [B, T + 1], 0 for what others say.  Empty: all
+        count alike.
       z_loss: factor of ``log_partition ** 2`` ("PaLM", arXiv 2204.02311, section 5).
       chunk: tokens of each row whose logits exist at once.
 
@@ -46,6 +48,7 @@ class NextToken(BatchCoupled):
     decoder: str = "decoder"
     field: str = "tokens"
     segment_field: str = ""
+    weight_field: str = ""
     z_loss: float = 0.0
     chunk: int = 256
 
@@ -55,14 +58,11 @@ class NextToken(BatchCoupled):
         packed: dict[str, Any] = {}
         weights = jnp.ones(labels.shape, jnp.float32)
         if self.segment_field:
-            segments = context.read(self.segment_field)
-            if segments.shape != ids.shape:
-                raise UserError(
-                    f"objectives.{context.objective}: {self.segment_field!r} has the shape {segments.shape}, but "
-                    f"{self.field!r} has {ids.shape}; there is one segment id per token."
-                )
+            segments = self._per_token(context, self.segment_field)
             packed["segment_ids"] = segments[:, :-1]
             weights = ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)).astype(jnp.float32)
+        if self.weight_field:
+            weights = weights * self._per_token(context, self.weight_field)[:, 1:].astype(jnp.float32)
         weights = weights * self._asked(labels)
         # Rows may lie over several devices; what is one per token is dealt out now, after labels were shifted.
         order = active_order(labels.shape[1])
@@ -85,6 +85,16 @@ class NextToken(BatchCoupled):
             "correct": jnp.sum(weights * each.correct, axis=1),
             "tokens": jnp.sum(weights, axis=1),
         }
+
+    def _per_token(self, context: Context, name: str) -> jax.Array:
+        """A field of the batch that has one entry per token."""
+        entries, ids = context.read(name), context.read(self.field)
+        if entries.shape != ids.shape:
+            raise UserError(
+                f"objectives.{context.objective}: {name!r} has the shape {entries.shape}, but {self.field!r} has "
+                f"{ids.shape}; there is one entry per token."
+            )
+        return entries
 
     def tokens(self, batch: Mapping[str, Any]) -> int:
         """All but the first of a row, which nothing predicts."""
