@@ -182,6 +182,10 @@ def test_frozen_parameters_keep_every_bit_and_have_no_moments(start: TrainState)
     assert_trees_equal(after["text"]["block_0"], before["text"]["block_0"])
     changed = [name for name, same in named_equal(after["text"], before["text"]) if not same]
     assert {"token_embedding/embedding", "projection/kernel/kernel"} <= set(changed)
+    _, fixed = grads_of(config, trained.history[0], random_batch())
+    assert optax.global_norm(fixed) == pytest.approx(
+        float(optax.global_norm(free)), rel=1e-5
+    )  # 0 where frozen
     moments = [name for name in tree_names(trained.state.optimizer) if "image/" in name or "block_0" in name]
     assert not moments
     assert any("text/final_norm" in name for name in tree_names(trained.state.optimizer))

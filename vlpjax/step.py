@@ -20,7 +20,7 @@ from vlpjax.experiment import Experiment
 from vlpjax.mesh import Layout
 from vlpjax.models.towers import Towers
 from vlpjax.objectives.base import BatchCoupled, Context, Loss, fold_name
-from vlpjax.rules import tree_names
+from vlpjax.rules import map_with_names, tree_names
 from vlpjax.state import TrainState, state_shardings
 
 Batch = Mapping[str, jax.Array]
@@ -156,6 +156,8 @@ def gradients(
 ) -> tuple[dict[str, Loss], Any, Any]:
     """Losses, new normalisation statistics, and the gradient of the weighted sum of the losses.
 
+    Nothing is differentiated by parameters that the optimizer freezes; their gradient is 0.
+
     Args:
       param_shardings: where gradients are pinned; left to XLA, they lose the parameters' sharding.
     """
@@ -170,7 +172,7 @@ def _plain_gradients(
     experiment: Experiment, state: TrainState, batch: Batch
 ) -> tuple[dict[str, Loss], Any, Any]:
     def loss(params: Any) -> tuple[jax.Array, Any]:
-        losses, statistics = _losses(experiment, state, params, batch)
+        losses, statistics = _losses(experiment, state, _fixed(experiment, params), batch)
         return _weighted(experiment, losses), (losses, statistics)
 
     grads, (losses, statistics) = jax.grad(loss, has_aux=True)(state.params)
@@ -252,6 +254,7 @@ def _accumulated_gradients(
                 for name, (_, objective) in coupled.items()
             }
 
+        params = _fixed(experiment, params)
         losses, statistics = _apply(experiment, state, params, state.statistics, 0, function)
         return _weighted(experiment, losses), (losses, statistics)
 
@@ -266,6 +269,7 @@ def _accumulated_gradients(
         micro, micro_batch, cotangents = item
 
         def partial_loss(params: Any) -> tuple[jax.Array, Any]:
+            params = _fixed(experiment, params)
             (features, losses), new_statistics = run(params, statistics, states, micro, micro_batch)
             # <features, dL/dfeatures> has the same gradient as the full batch's loss through these features.
             products = jax.tree.map(lambda f, g: jnp.vdot(f, g), features, cotangents)
@@ -322,6 +326,14 @@ def _step_key(experiment: Experiment, state: TrainState) -> jax.Array:
 
 def _weighted(experiment: Experiment, losses: Mapping[str, Loss]) -> jax.Array:
     return sum((experiment.objectives[name][0] * loss.value for name, loss in losses.items()), jnp.zeros(()))
+
+
+def _fixed(experiment: Experiment, params: Any) -> Any:
+    """The parameters, frozen ones without gradient: the compiler need not find out that nobody asks for it."""
+    factors = experiment.optimizer.factors(params)
+    return map_with_names(
+        lambda name, leaf: jax.lax.stop_gradient(leaf) if factors[name][0] is None else leaf, params
+    )
 
 
 def _trained(experiment: Experiment, grads: Any) -> list[jax.Array]:
