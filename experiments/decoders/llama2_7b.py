@@ -77,21 +77,7 @@ def paper(config: Config) -> Config:
     config.precision = "bfloat16"
     config.mesh_rules = (VMEM,)
     config.plan.attention_share = 0.5  # causal
-    config.towers = dict(
-        decoder=spec(
-            Decoder,
-            vocabulary=32_000,
-            width=4096,
-            depth=32,
-            heads=32,
-            mlp_dim=11_008,
-            epsilon=1e-5,
-            length=LENGTH,
-            tied=False,
-            scan=True,
-            remat=LITTLE,
-        )
-    )
+    config.towers = dict(decoder=decoder())
     config.objectives = dict(next=dict(weight=1.0, loss=spec(NextToken)))
     config.data = dict(example=dict(tokens=f"int32[{LENGTH + 1}]"), examples=TOKENS // LENGTH)
     config.data.train = spec(
@@ -103,6 +89,23 @@ def paper(config: Config) -> Config:
     )
     config.optimizer = adamw(3e-4, "2000 steps")
     return config
+
+
+def decoder() -> Config:
+    """The 7B model itself."""
+    return spec(
+        Decoder,
+        vocabulary=32_000,
+        width=4096,
+        depth=32,
+        heads=32,
+        mlp_dim=11_008,
+        epsilon=1e-5,
+        length=LENGTH,
+        tied=False,
+        scan=True,
+        remat=LITTLE,
+    )
 
 
 def adamw(rate: float, warmup: str) -> Config:
