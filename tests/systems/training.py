@@ -49,12 +49,14 @@ def train(
     *,
     weights: Mapping[str, float] | None = None,
     teachers: Mapping[str, Config] | None = None,
+    rate_rules: tuple[tuple[str, float | None], ...] = ((r".*", 1.0),),
 ) -> Trained:
     """Trains with Adam on the sum of the objectives.
 
     Args:
       draw: the batch of a step, by its number.
       weights: of objectives, where they are not 1.
+      rate_rules: of the optimizer, which say what is frozen.
     """
     config = base_config()
     config.towers = dict(towers)
@@ -67,6 +69,7 @@ def train(
         direction=spec(optax.scale_by_adam),
         learning_rate=learning_rate,
         schedule=spec(Schedule, warmup="5%", final=0.1),
+        rate_rules=rate_rules,
     )
     size = jax.tree.leaves(jax.eval_shape(draw, jnp.int32(0)))[0].shape[0]
     experiment = Experiment.from_config(config, Durations(size, 10 * size, steps))
