@@ -1,4 +1,4 @@
-"""LLaVA: pictures stand in the text as if spliced in, a stage trains what it names, answers are about what was shown."""
+"""LLaVA: pictures stand in the text as if spliced in, stages train what they name, answers are about the picture."""
 
 from __future__ import annotations
 
