@@ -84,7 +84,7 @@ def get_config(size: str = "small", start: str = "") -> Config:
 def small(first: bool) -> Config:
     """Drawings of all seen vendors; captions first, then questions and answers."""
     config = named("LLaVA", f"small, stage {1 if first else 2}")
-    config.duration = "100 steps" if first else "300 steps"
+    config.duration = "100 steps" if first else "200 steps"
     config.towers = dict(
         image=clip.small_image(),
         connector=spec(MlpConnector, width=128),
@@ -165,14 +165,14 @@ def paper(first: bool) -> Config:
 
 def paper_conversation(first: bool) -> Config:
     """A picture and its caption; or a conversation as Vicuna has them."""
-    plain = spec(ChatTemplate, user="<image>", assistant="{}\n", bos=True, eos=False)
+    plain = spec(ChatTemplate, user="<image>", assistant="{}\n", bos="row", eos=False)
     vicuna = spec(
         ChatTemplate,
         system="{} ",
         user="USER: {} ",
         assistant="ASSISTANT: {}",
         opening=SYSTEM_PROMPT,
-        bos=True,
+        bos="row",
     )
     return spec(
         Conversation,

@@ -64,6 +64,27 @@ def test_a_chat_is_tokenized_turn_behind_turn_and_answers_with_their_ends_are_as
     assert PIECES.decode(asked(row)) == "red apple cat"
 
 
+def test_the_begin_id_opens_the_row_or_its_text() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Beginning(SentencePieceTokenizer):
+        bos_id: int = 2999  # type: ignore[assignment]
+
+    def row(bos: str) -> list[int]:
+        template = ChatTemplate(user="<image>{} ", bos=bos)
+        made = Conversation(Beginning(PIECES.path), 60, template, PLACEHOLDER, EACH)
+        found = row_of(made, "a fruit?", "cat", images=1)
+        assert PIECES.decode(asked(found)) == "cat"
+        return found["tokens"].tolist()
+
+    text = PIECES.encode("a fruit? cat")
+    for bos, want in [
+        ("row", [2999, *[PLACEHOLDER] * EACH, *text, END]),
+        ("text", [*[PLACEHOLDER] * EACH, 2999, *text, END]),
+        ("", [*[PLACEHOLDER] * EACH, *text, END]),
+    ]:
+        assert row(bos)[: len(want)] == want
+
+
 def test_a_system_turn_stands_in_place_of_the_opening() -> None:
     own = row_of(conversation(), "be brief.", "a fruit?", "red apple", opening="system")
     assert own["tokens"][:12].tolist() == PIECES.encode("be brief. user: a fruit? assistant: red apple")[:12]
@@ -131,12 +152,14 @@ def test_settings_that_cannot_be_are_told() -> None:
         ChatTemplate(assistant="cat")
     with pytest.raises(UserError, match="ChatTemplate.user is '{} {}'"):
         ChatTemplate(user="{} {}")
+    with pytest.raises(UserError, match="ChatTemplate.bos is 'yes'"):
+        ChatTemplate(bos="yes")
     with pytest.raises(UserError, match="tokens_per_image=0"):
         Conversation(PIECES, 8, CHAT, PLACEHOLDER, 0)
     with pytest.raises(UserError, match="mark is empty"):
         conversation(mark="")
     with pytest.raises(UserError, match="wants bos_id"):
-        row_of(conversation(ChatTemplate(bos=True)), "a", "cat")
+        row_of(conversation(ChatTemplate(bos="row")), "a", "cat")
     with pytest.raises(UserError, match="Ask.questions is empty"):
         Ask(())
 

@@ -43,18 +43,19 @@ class ChatTemplate:
       system, user, assistant: a turn of theirs, its words in place of "{}".  A user's turn without "{}" leaves the
         words out ("<image>" makes a caption of every answer).  What follows "{}" in the assistant's is asked for too.
       opening: what the system says where it has no turn; empty: nothing.
-      bos: whether the tokenizer's begin id opens the row.
+      bos: where the tokenizer's begin id stands: ``"row"``, first of all; ``"text"``, before the first text, after the
+        pictures that open the row; empty, nowhere.
       eos: whether its end id ends every turn of the assistant.
 
     Raises:
-      UserError: more than one "{}" in a turn, or none where words may not be left out.
+      UserError: more than one "{}" in a turn, none where words may not be left out, or another ``bos``.
     """
 
     system: str = "{}\n"
     user: str = "{}\n"
     assistant: str = "{}"
     opening: str = ""
-    bos: bool = False
+    bos: str = ""
     eos: bool = True
 
     def __post_init__(self) -> None:
@@ -64,6 +65,9 @@ class ChatTemplate:
                 raise UserError(
                     f"ChatTemplate.{role} is {turn!r}; a turn has its words in place of one {{}}."
                 )
+
+        if self.bos not in ("", "row", "text"):
+            raise UserError(f"ChatTemplate.bos is {self.bos!r}; it is 'row', 'text' or empty.")
 
     def parts(self, turns: Sequence[tuple[str, str]]) -> list[Part]:
         """The text of these (role, words), part by part.
@@ -182,13 +186,17 @@ class Conversation(grain_transforms.Map):
 
     def encode(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[float], list[int]]:
         """All ids of (role, words), the weight of each, and where the placeholders of each picture end."""
-        ids = [self._special("bos_id")] if self.template.bos else []
+        begin = [self._special("bos_id")] if self.template.bos else []
+        ids, begin = ([], begin) if self.template.bos == "text" else (begin, [])
         weights, ends = [0.0] * len(ids), list[int]()
         text, asked = "", list[bool]()
 
         def flush() -> None:
-            nonlocal text, asked
+            nonlocal text, asked, begin
             if text:
+                ids.extend(begin)
+                weights.extend([0.0] * len(begin))
+                begin = []
                 found, places = self.tokenizer.encode_with_offsets(text)
                 ids.extend(found)
                 # A token is of the part that its last character is of.
@@ -227,7 +235,7 @@ class Conversation(grain_transforms.Map):
         value = getattr(self.tokenizer, name)
         if value is None:
             raise UserError(
-                f"Conversation.template wants {name}, which {self.tokenizer} does not have; set {name[:3]}=False"
+                f"Conversation.template wants {name}, which {self.tokenizer} does not have; leave it out"
             )
         return int(value)
 
