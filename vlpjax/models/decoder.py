@@ -29,6 +29,30 @@ from vlpjax.parallel.sequence import sequence_ranks
 KINDS = ("global", "local")
 
 
+def blockwise_causal(begins: Bool[Array, "batch tokens"], window: int | None = None) -> Interval:
+    """A row of blocks: tokens of a block see one another and all that stands before it.
+
+    With c, the number of blocks that begin up to a token, a token sees those whose c is not larger.  A block of one
+    token is causal; if every token begins one, all are.
+
+    Args:
+      begins: whether a block begins with this token; the row's first does in any case.
+      window: of what stands before, tokens see the last ``window`` only; their own block they see whole.
+
+    Source: "PaliGemma", arXiv 2407.07726, section 3.2.1, where images and prompts are the first block.
+    """
+    count = begins.shape[1]
+    index = jnp.arange(count, dtype=jnp.int32)[None]
+    # Not by ``.at[:, 0].set``: of rows that lie over several devices, the partitioner of jaxlib 0.10 lost flags so.
+    first = begins.astype(bool) | (index == 0)
+    last = jnp.concatenate([first[:, 1:], jnp.ones_like(first[:, :1])], axis=1)
+    end = jax.lax.cummin(jnp.where(last, index + 1, count), axis=1, reverse=True)
+    if window is None:
+        return Interval(jnp.zeros_like(end), end)
+    own = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+    return Interval(jnp.minimum(own, jnp.maximum(index + 1 - window, 0)), end)
+
+
 def prefix_causal(lengths: Int[Array, " batch"], tokens: int, window: int | None = None) -> Interval:
     """Prefix-LM: the first ``lengths[b]`` tokens see one another, each later one what stands before it and itself.
 
@@ -37,14 +61,7 @@ def prefix_causal(lengths: Int[Array, " batch"], tokens: int, window: int | None
 
     Source: "Exploring the Limits of Transfer Learning" (T5), arXiv 1910.10683, section 3.2.1.
     """
-    after, length = jnp.arange(1, tokens + 1, dtype=jnp.int32)[None], lengths[:, None].astype(jnp.int32)
-    end = jnp.maximum(after, length)
-    start = (
-        jnp.zeros_like(end)
-        if window is None
-        else jnp.where(after > length, jnp.maximum(after - window, 0), 0)
-    )
-    return Interval(start, end)
+    return blockwise_causal(jnp.arange(tokens) >= lengths[:, None], window)
 
 
 class Head(nn.Module):
