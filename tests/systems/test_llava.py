@@ -25,6 +25,8 @@ from vlpjax.models.vit import ViT
 from vlpjax.objectives.visual_next_token import VisualNextToken
 from vlpjax.rules import tree_names
 from vlpjax.step import gradients, initial_state, train_step
+from vlpjax.weights.encoders import hold
+from vlpjax.weights.families import family_named
 
 SIZE, EACH, WIDTH, LENGTH, ROOM = 8, 4, 16, 40, 2
 PIECES = SentencePieceTokenizer("bundled:emoji1594.spm.model")
@@ -213,6 +215,18 @@ def test_a_stage_moves_every_parameter_of_what_it_trains_and_no_bit_of_the_rest(
     )
     moved = {name for name, kept in zip(tree_names(same), jax.tree.leaves(same), strict=True) if not kept}
     assert moved == {name for name in tree_names(same) if name.partition("/")[0] in trained}
+
+
+def test_the_published_weights_fit_the_towers_of_the_paper() -> None:
+    sizes = dict(num_hidden_layers=32, num_attention_heads=32, hidden_size=4096, intermediate_size=11_008)
+    vicuna = dict(vocab_size=32_000, max_position_embeddings=4096, rms_norm_eps=1e-5, **sizes)
+    vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+    clip = dict(
+        vision_config=dict(image_size=336, patch_size=14, **vision), text_config={}, projection_dim=768
+    )
+    paper = build(load(f"{ROOT}/experiments/decoders/llava.py:paper_stage1").towers)
+    hold("Vicuna", paper["decoder"], family_named("llama").build(vicuna))
+    hold("CLIP", paper["image"], family_named("clip").build(clip).makers["image"]().clone(embedding=None))
 
 
 # --- a toy: pictures of four classes, and a question that is the same for all ------------------------------------

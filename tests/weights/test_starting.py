@@ -14,10 +14,13 @@ from flax.core import meta
 from safetensors.numpy import load_file, save_file
 
 from vlpjax.errors import UserError
+from vlpjax.models.connectors import LinearConnector
+from vlpjax.models.decoder import Decoder
 from vlpjax.models.heads import Scalar
 from vlpjax.models.locked import Locked
 from vlpjax.models.text import TextTransformer
 from vlpjax.models.towers import Towers
+from vlpjax.models.vision_language import VisionLanguageModel
 from vlpjax.models.vit import ViT
 from vlpjax.weights import from_pretrained, save_pretrained
 from vlpjax.weights.families import family_named
@@ -133,3 +136,33 @@ def test_a_file_of_several_towers_gives_the_one_of_the_name(tmp_path: Path) -> N
     assert not np.any(anew["projection"]["kernel"]["kernel"])
     with pytest.raises(UserError, match="and none named 'words'"):
         Pretrained(str(tmp_path)).fill("words", Scalar(0.0), {}, {})
+
+
+def test_a_model_with_images_gives_its_parts_by_name(tmp_path: Path) -> None:
+    parts: dict[str, Any] = dict(
+        image=ViT(
+            image_size=8, patch=4, patch_bias=True, width=8, depth=1, heads=2, mlp_dim=12, pre_norm=False, pool="none",
+            activation="gelu_tanh",
+        ),
+        connector=LinearConnector(12),
+        decoder=Decoder(
+            vocabulary=24, width=12, depth=1, heads=2, mlp_dim=16, norm="rms_offset", activation="gelu_tanh",
+            embed_scale=12**0.5, length=8192,
+        ),
+    )  # fmt: skip
+    whole = VisionLanguageModel(**parts, image_token=20, prefix_lm=True)
+    variables = initial_variables(family_named("paligemma"), whole, seed=3)
+    save_pretrained(whole, variables, tmp_path)
+    for name, part in parts.items():
+        theirs = variables["params"][name]
+        found, _ = Pretrained(str(tmp_path), new=()).fill(
+            name, part, jax.tree.map(jnp.zeros_like, theirs), {}
+        )
+        jax.tree.map(np.testing.assert_array_equal, found, theirs)
+    # How it is run, and what a field stands for where it says nothing, are no differences.
+    same = parts["decoder"].clone(kv_heads=2, head_dim=6, sequence_scheme="ring", remat="full")
+    Pretrained(str(tmp_path), new=()).fill("decoder", same, variables["params"]["decoder"], {})
+    with pytest.raises(UserError, match=r"Decoder.kv_heads is 1, which .* there it is 2"):
+        Pretrained(str(tmp_path)).fill("decoder", parts["decoder"].clone(kv_heads=1), {}, {})
+    with pytest.raises(UserError, match="holds the towers image, connector, decoder, and none named 'text'"):
+        Pretrained(str(tmp_path)).fill("text", part, {}, {})

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlpjax.errors import UserError
+from vlpjax.models.decoder import Decoder
 from vlpjax.models.heads import Scalar
 from vlpjax.models.positions_2d import pair
 from vlpjax.models.text import TextTransformer
@@ -26,8 +27,8 @@ SCALE, BIAS = "clip_logit_scale", "clip_logit_bias"
 
 # Settings of training and of execution: a checkpoint says nothing about them, so that they need not agree with it.
 FREE = frozenset(
-    {"dtype", "dropout", "drop_path", "patch_dropout", "rotary_rescale", "scan", "remat", "resize_positions", "parent",
-     "name"}
+    {"dtype", "dropout", "drop_path", "patch_dropout", "rotary_rescale", "scan", "remat", "sequence_scheme",
+     "resize_positions", "parent", "name"}
 )  # fmt: skip
 STEM = frozenset({"stem_channels", "stem_strides", "stem_norm"})
 
@@ -221,6 +222,10 @@ def _meaning(model: nn.Module) -> dict[str, Any]:
     if isinstance(model, (ViT, TextTransformer)):
         del values["mlp_ratio"]
         values["mlp_dim"] = mlp_width(model)
+    if isinstance(model, Decoder):
+        values["kv_heads"] = model.kv_heads or model.heads
+        values["head_dim"] = model.head_dim or model.width // model.heads
+        values["mlp_dim"] = model.mlp_dim or 4 * model.width
     if isinstance(model, ViT):
         image, patch = pair(model.image_size), pair(model.patch)
         values |= {"image_size": image, "patch": patch, "patch_base": pair(model.patch_base or patch)}

@@ -12,6 +12,7 @@ from vlpjax.data.paths import resolve_path
 from vlpjax.errors import UserError
 from vlpjax.models.locked import Locked
 from vlpjax.models.towers import Towers
+from vlpjax.models.vision_language import VisionLanguageModel
 from vlpjax.weights.encoders import hold
 from vlpjax.weights.family import boxed_shapes
 from vlpjax.weights.importing import family_for, fill_variables
@@ -25,8 +26,8 @@ READOUT = ("embedding", "projection_bias", "pool", "pooler", "classes")
 class Pretrained:
     """Weights for one tower, as :func:`vlpjax.weights.from_pretrained` reads them.
 
-    Of a :class:`~vlpjax.models.locked.Locked` tower they are the tower inside.  A file of several towers (CLIP) gives
-    the one of the same name.
+    Of a :class:`~vlpjax.models.locked.Locked` tower they are the tower inside.  A file of several towers (CLIP), or of
+    a language model with images (PaliGemma: ``image``, ``connector``, ``decoder``), gives the one of the same name.
 
     Attributes:
       path: a folder or file of weights.
@@ -59,16 +60,17 @@ class Pretrained:
         family = family_for(opened, self.family or None)
         built, beside = family.build(opened.config), None
         variables = {"params": params} | ({"batch_stats": statistics} if statistics else {})
-        several, fixed = isinstance(built, Towers), family.fixed(built)
-        if isinstance(built, Towers):
-            if name not in built:
-                raise UserError(f"{self.path} holds the towers {', '.join(built)}, and none named {name!r}.")
+        parts, fixed = _parts(built), family.fixed(built)
+        several = bool(parts)
+        if several:
+            if name not in parts:
+                raise UserError(f"{self.path} holds the towers {', '.join(parts)}, and none named {name!r}.")
             shapes = boxed_shapes(family, built)
             beside = {
                 collection: {other: tree for other, tree in trees.items() if other != name}
                 for collection, trees in shapes.items()
             }
-            built = built.makers[name]()
+            built = parts[name]
             variables = {collection: {name: tree} for collection, tree in variables.items()}
         self._check(name, tower, built)
         family = dataclasses.replace(family, ignored=(*family.ignored, *self.unused))
@@ -85,3 +87,12 @@ class Pretrained:
             )
         readout = {field: getattr(tower, field) for field in READOUT if hasattr(tower, field)}
         hold(self.path, tower, built.clone(**readout))
+
+
+def _parts(built: nn.Module) -> dict[str, nn.Module]:
+    """The towers of a module of several; none, if it is one."""
+    if isinstance(built, Towers):
+        return {name: make() for name, make in built.makers.items()}
+    if isinstance(built, VisionLanguageModel):
+        return {"image": built.image, "connector": built.connector, "decoder": built.decoder}
+    return {}
