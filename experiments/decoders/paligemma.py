@@ -2,8 +2,8 @@
 
 python -m vlpjax.main --config=experiments/decoders/paligemma.py --workdir=runs/paligemma
 
-``small`` needs nothing but this package: pictures of bundled drawings, and their names or keywords.  It takes 3.6 minutes
-of one CPU core.
+``small`` needs nothing but this package: pictures of bundled drawings, and their names or keywords.  It takes 3.6
+minutes of one CPU core.
 ``paligemma.py:paper`` tunes PaliGemma 3B to captions of COCO.  It needs its published weights
 (``weights/paligemma-3b-pt-224``), the pictures that Karpathy's split trains on (``coco/*.array_record``: ``image``, and
 ``captions``, texts parted by "|") and some accelerators.
