@@ -35,15 +35,18 @@ from vlpjax.evaluators.segmentation import PatchSegmentation
 
 SEEN = "noto+noto_v1+twemoji+emojione+fluent_flat+fluent_gradient"
 UNSEEN = "openmoji"  # a vendor whose drawings are never trained on
+FEW = tuple(range(0, 1594, 66))  # labels of 25 concepts of all kinds, for models that learn little in minutes
 HELD_OUT = (0,)  # the fold of concepts that the concept split never trains on
 VOCABULARY = 3000  # pieces of the bundled tokenizer
 
 
 def source(vendors: str, concepts: str = "all") -> Config:
-    """The drawings of some vendors: of ``"all"`` concepts, of the ``"seen"`` ones or of those ``"held_out"``."""
+    """The drawings of some vendors: of ``"all"`` concepts, a ``"few"``, the ``"seen"`` ones or those ``"held_out"``."""
     drawings = spec(TFDS, directory="bundled:emoji1594/1.0.0", split=vendors)
     if concepts == "all":
         return drawings
+    if concepts == "few":
+        return spec(Filter, source=drawings, field="label", values=FEW)
     return spec(Filter, source=drawings, field="fold", values=HELD_OUT, exclude=concepts == "seen")
 
 

@@ -2,8 +2,8 @@
 
 python -m vlpjax.main --config=experiments/decoders/paligemma.py --workdir=runs/paligemma
 
-``small`` needs nothing but this package: pictures of bundled drawings, and their names or keywords.  It takes 3.6
-minutes of one CPU core.
+``small`` needs nothing but this package: pictures of 25 of the bundled concepts, and their names.  It takes
+three minutes of one CPU core, and ends at a loss of 0.9.
 ``paligemma.py:paper`` tunes PaliGemma 3B to captions of COCO.  It needs its published weights
 (``weights/paligemma-3b-pt-224``), the pictures that Karpathy's split trains on (``coco/*.array_record``: ``image``, and
 ``captions``, texts parted by "|") and some accelerators.
@@ -11,7 +11,7 @@ minutes of one CPU core.
 
 from __future__ import annotations
 
-from experiments._bundled import VOCABULARY, augmentation, caption, normalize, train
+from experiments._bundled import VOCABULARY, augmentation, normalize, train
 from experiments._recipes import adamw, start
 from vlpjax.config import Config, spec
 from vlpjax.data.pipeline import Pipeline
@@ -22,6 +22,7 @@ from vlpjax.data.transforms import (
     ChatTemplate,
     Conversation,
     DrawCaption,
+    FixedCaption,
     Frames,
     Normalize,
 )
@@ -68,7 +69,7 @@ def get_config(size: str = "small") -> Config:
 
 
 def small(config: Config) -> None:
-    """Drawings of all seen vendors, each asked for its name or keywords."""
+    """Drawings of a few concepts by all seen vendors, each asked for its name."""
     config.duration = "200 steps"
     config.towers = dict(
         image=spec(ViT, image_size=SIZE, patch=4, width=96, depth=3, heads=4, pool="none"),
@@ -79,12 +80,13 @@ def small(config: Config) -> None:
     config.data.train = train(
         dict(
             **augmentation(SIZE),
-            caption=caption(),
+            caption=spec(FixedCaption),
             **rows(tokenizer, LENGTH, EACH, VOCABULARY, SIZE, "what is this?", bos="", lower=True),
             normalize=normalize(),
         ),
         keep=("image", "tokens", "weights"),
         batch_size=32,
+        concepts="few",
     )
 
 
