@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from vlpjax.flags import SIMULATED, order_simulated_devices
+from vlpjax.flags import SIMULATED, THREADS, order_simulated_devices
 
 DEVICES = "--xla_force_host_platform_device_count=8"
 ORDER, PATIENCE = SIMULATED
@@ -26,9 +26,19 @@ def test_simulated_devices_take_their_collectives_in_one_order_and_wait(
     before: str, after: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XLA_FLAGS", before)
+    monkeypatch.delenv(THREADS)
     order_simulated_devices()
     assert os.environ["XLA_FLAGS"] == after
+    assert os.environ.get(THREADS) == ("512" if DEVICES in before else None)
 
 
 def test_the_tests_do() -> None:
     assert {ORDER, PATIENCE} <= set(os.environ["XLA_FLAGS"].split())
+    assert int(os.environ[THREADS]) >= 8 * 8
+
+
+def test_more_threads_than_somebody_chose_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", DEVICES)
+    monkeypatch.setenv(THREADS, "9")
+    order_simulated_devices()
+    assert os.environ[THREADS] == "9"

@@ -47,24 +47,29 @@ OPTIONS: tuple[tuple[str, dict[str, str]], ...] = (
 )
 
 
-# For devices that XLA_FLAGS simulates.  Left to its default, XLA runs independent collectives of CPU devices in any
-# order on a pool of threads: where cores are few, some devices wait in one collective and others in another.  And it
-# aborts the process when a device comes 40 seconds late, which a device that shares a core with seven others may.
+# For devices that XLA_FLAGS simulates.  XLA's collectives on CPU devices block a thread until all have come, and
+# independent ones may begin in another order on each device: with one thread per device, as is the default, some
+# devices wait in one collective, others in another, and no thread is left for those that both wait for.  It aborts the
+# process when a device comes 40 seconds late, which a device that shares a core with seven others may.
 SIMULATED = (
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=200",
 )
+DEVICES = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
+THREADS = "PJRT_NPROC"  # threads of a CPU client
+THREADS_PER_DEVICE = 64
 
 
 def order_simulated_devices() -> None:
-    """Has the devices that XLA_FLAGS simulates run their collectives in one order, as real ones do, and wait for each.
+    """Has the devices that XLA_FLAGS simulates wait for one another's collectives without running out of threads.
 
     To be called before JAX makes its first device.  It does nothing without simulated devices, or where somebody chose.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" in flags:
+    if simulated := DEVICES.search(flags):
         own = [flag for flag in SIMULATED if flag.partition("=")[0] not in flags]
         os.environ["XLA_FLAGS"] = " ".join([flags, *own])
+        os.environ.setdefault(THREADS, str(THREADS_PER_DEVICE * int(simulated[1])))
 
 
 def compiler_options(device: Any, own: Sequence[str] = ()) -> dict[str, str]:
