@@ -6,7 +6,6 @@ what it would get alone, whatever the lengths of the others.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -85,7 +84,6 @@ class Choice:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "choice", "max_new_tokens"))
 def begin(
     model: Model,
     variables: Any,
@@ -106,7 +104,6 @@ def begin(
     return choice.append(state, prompt, logits)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "choice"), donate_argnames=("state",))
 def advance(
     model: Model, variables: Any, prompt: Prompt, state: State, until: Int[Array, ""], *, choice: Choice
 ) -> State:
@@ -120,6 +117,8 @@ def advance(
     return jax.lax.while_loop(lambda state: (state.end < until) & ~jnp.all(state.done), one, state)
 
 
+_begin = jax.jit(begin, static_argnames=("model", "choice", "max_new_tokens"))
+_advance = jax.jit(advance, static_argnames=("model", "choice"), donate_argnames=("state",))
 _beam_search = jax.jit(
     beam_search, static_argnames=("model", "beam", "processors", "eos", "pad", "max_new_tokens")
 )
@@ -205,7 +204,7 @@ def generate(
 
     choice = Choice(sampler, tuple(processors), eos, pad)
     rng = jax.random.key(0) if rng is None else rng  # of what does not draw, it is never used
-    state = begin(
+    state = _begin(
         model, variables, prompt, rng, choice=choice, max_new_tokens=max_new_tokens, prefix_lm=prefix_lm
     )
     prompt = prompt.read()
@@ -226,7 +225,7 @@ def generate(
         if int(state.end) >= last or np.asarray(state.done).all():
             break
         until = min(int(state.end) + check_every, last) if stop else last
-        state = advance(model, variables, prompt, state, jnp.asarray(until), choice=choice)
+        state = _advance(model, variables, prompt, state, jnp.asarray(until), choice=choice)
     return _result(
         np.asarray(state.ids)[:, count:], np.asarray(state.lengths), pad, eos, decode, cuts=stopped
     )

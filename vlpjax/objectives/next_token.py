@@ -95,7 +95,7 @@ class NextToken(BatchCoupled):
         inputs, labels, weights = lay_out(order, inputs, labels, weights)
         packed = {name: lay_out(order, x)[0] for name, x in packed.items()}
         packed |= {name: Interval(*lay_out(order, *interval)) for name, interval in seen.items()}
-        given = {**self._given(context, inputs, order), **packed}
+        given = {**self.given(context, inputs, order), **packed}
         found = context.student.call(self.decoder, **given, order=order, logits=False, train=context.train)
         tower = context.student[self.decoder]
         _, each = vocabulary_loss(
@@ -140,8 +140,16 @@ class NextToken(BatchCoupled):
         del labels
         return 1.0
 
-    def _given(self, context: Context, inputs: jax.Array, order: TokenOrder | None) -> dict[str, Any]:
-        """What the decoder reads: ids, which lie in ``order``, or what they stand for."""
+    def given(self, context: Context, inputs: jax.Array, order: TokenOrder | None) -> dict[str, Any]:
+        """What the decoder reads, in training and before it answers: ids, or what they stand for.
+
+        Args:
+          inputs: ids [B, T], all of a row's or those of a prompt; padding may stand before or after them.
+          order: how they lie over the sequence ranks; None is the row's own order.
+
+        Returns:
+          ``"ids"`` or ``"embeddings"``, as :class:`vlpjax.models.decoder.Decoder` takes them.
+        """
         del context, order
         return {"ids": inputs}
 

@@ -53,7 +53,8 @@ class VisualNextToken(NextToken):
     def _asked(self, labels: jax.Array) -> jax.Array:
         return labels != self.placeholder
 
-    def _given(self, context: Context, inputs: jax.Array, order: TokenOrder | None) -> dict[str, Any]:
+    def given(self, context: Context, inputs: jax.Array, order: TokenOrder | None) -> dict[str, Any]:
+        """The embeddings of words, with what the connector makes of the row's frames in place of placeholders."""
         frames, towers = context.read(self.image_field), context.student
 
         def encode(towers: Towers, images: jax.Array) -> jax.Array:
