@@ -58,14 +58,9 @@ def parts(prefix_lm: bool = False) -> tuple[Experiment, Any]:
     """A tiny experiment and parameters that say this of one picture and that of another."""
     config = model_config()
     config.towers = towers()
-    loss = spec(
-        VisualNextToken,
-        image_field="image",
-        weight_field="weights",
-        placeholder=PLACEHOLDER,
-        prefix_lm=prefix_lm,
-    )
-    text, packed = spec(NextToken), spec(NextToken, segment_field="segments", weight_field="weights")
+    fields = dict(image_field="image", weight_field="weights", placeholder=PLACEHOLDER, prefix_lm=prefix_lm)
+    loss, text = spec(VisualNextToken, **fields), spec(NextToken)
+    packed = spec(VisualNextToken, segment_field="segments", **fields)
     words = spec(NextToken, weight_field="weights")
     config.objectives = {
         name: dict(weight=1.0, loss=one)
@@ -151,7 +146,7 @@ def data(changed: dict[int, dict[str, Any]] | None = None, **columns: Any) -> Pi
         }
         for number, row in enumerate(rows())
     ]
-    keep = ("image", "tokens", "weights")
+    keep = ("image", "tokens", "weights", *(["segments"] if "segments" in columns else []))
     source = Fingerprinted(tuple(made))
     return Pipeline(source, {"refuse": Refuse()}, batch_size=BATCH, shuffle=False, repeat=False, keep=keep)
 
@@ -206,6 +201,12 @@ def test_what_the_assistant_says_in_the_row_is_right_where_nothing_else_is() -> 
     assert [text for text in ("red apple", "yes", "dog face") if f"not “{text}”" in str(found.examples)]
 
 
+def test_training_may_pack_what_is_asked_one_by_one() -> None:
+    assert said_in(judged(data=data(), objective="packed")) == list(spoken(False))
+    with pytest.raises(UserError, match="'segments'.*one text"):
+        judged(data=data(segments=[np.ones(1, np.int32)] * ROWS), objective="packed")
+
+
 def test_rows_that_fail_are_told_and_others_are_judged() -> None:
     bad = {
         0: dict(broken=True),
@@ -243,11 +244,10 @@ def test_a_turn_and_another_row() -> None:
         (dict(kinds=()), ["one kind or more"]),
         (dict(objective="nxt"), ["'nxt'", "'next'"]),
         (dict(objective="text"), ["'text'", "weight_field"]),
-        (dict(objective="packed"), ["'packed'", "segment_field"]),
         (dict(objective="words", other_pictures=True), ["'words'", "no pictures"]),
         (dict(references="anwers"), ["'anwers'", "'answers'"]),
     ],
-    ids=range(8),
+    ids=range(7),
 )
 def test_what_does_not_work_is_told(fields: dict[str, Any], told: list[str]) -> None:
     given = {"data": data(answers=["a"] * ROWS)} if fields else {"data": None}

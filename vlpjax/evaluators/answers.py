@@ -103,7 +103,7 @@ class GeneratedAnswers(Evaluator):
     prompts see all of themselves, have earlier turns of the assistant, which do not.
 
     Attributes:
-      data: a finite pipeline with the fields that the objective reads.
+      data: a finite pipeline with the fields that the objective reads, one text to a row, also where training packs.
       tokenizer: of the rows; tokens that it does not have say nothing.
       objective: its name in the config, a :class:`vlpjax.objectives.next_token.NextToken` with a ``weight_field``.
       kinds: of scores: ``"exact"`` (all words), ``"keywords"`` (their share), ``"letter"`` (of the option that is
@@ -172,10 +172,10 @@ class GeneratedAnswers(Evaluator):
         if name not in experiment.objectives:
             raise UserError(f"GeneratedAnswers.objective is {name!r}{suggest(name, experiment.objectives)}.")
         objective = experiment.objectives[name][1]
-        if not isinstance(objective, NextToken) or not objective.weight_field or objective.segment_field:
+        if not isinstance(objective, NextToken) or not objective.weight_field:
             raise UserError(
                 f"GeneratedAnswers.objective is {name!r}, {objective}; it takes a NextToken with a weight_field, which "
-                "says what is answered, and without a segment_field, as answers follow one text per row."
+                "says what is answered."
             )
         if self.other_pictures and not isinstance(objective, VisualNextToken):
             raise UserError(
@@ -250,6 +250,11 @@ class GeneratedAnswers(Evaluator):
         for name in names:
             if name not in batch:
                 raise UserError(f"GeneratedAnswers reads {name!r} from the batch{suggest(name, batch)}.")
+        if objective.segment_field in batch:
+            raise UserError(
+                f"GeneratedAnswers.data has {objective.segment_field!r}: its rows are packed, but an answer follows "
+                "a row of one text."
+            )
         ids, weights, index, usable = (to_host(batch[name], layout) for name in names)
         spans = np.array([last_turn(row) for row in weights])
         lengths = spans[:, 0]
