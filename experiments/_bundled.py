@@ -6,6 +6,7 @@ tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ from vlpjax.data.transforms import (
     Tokenize,
     Trim,
 )
+from vlpjax.evaluators.answers import GeneratedAnswers
 from vlpjax.evaluators.knn import KNN
 from vlpjax.evaluators.linear_probe import LinearProbe
 from vlpjax.evaluators.retrieval import Retrieval
@@ -160,13 +162,41 @@ def segmentation(size: int, **fields: Any) -> Config:
     )
 
 
-def once(drawings: Config, transforms: Mapping[str, Any], keep: tuple[str, ...]) -> Config:
+def answers(size: int, transforms: Mapping[str, Any], concepts: str = "all", batch_size: int = 128) -> Config:
+    """What a decoder says of the unseen vendor's drawings, against their names; also with drawings exchanged.
+
+    ``transforms`` make rows out of a picture and the field ``caption``.
+    """
+    resize = spec(Resize, size=size, resample="bilinear")
+    return spec(
+        GeneratedAnswers,
+        data=once(
+            prepared(source(UNSEEN, concepts)),
+            # Copies: what is changed for training is training's.
+            dict(
+                resize=resize,
+                caption=spec(FixedCaption),
+                **copy.deepcopy(dict(transforms)),
+                normalize=normalize(),
+            ),
+            keep=("image", "tokens", "weights"),
+            batch_size=batch_size,
+        ),
+        tokenizer=spec(SentencePieceTokenizer, path="bundled:emoji1594.spm.model"),
+        other_pictures=True,
+        title="answers, held-out style",
+    )
+
+
+def once(
+    drawings: Config, transforms: Mapping[str, Any], keep: tuple[str, ...], batch_size: int = 256
+) -> Config:
     """A finite pipeline, in order."""
     return spec(
         Pipeline,
         source=drawings,
         transforms=dict(transforms),
-        batch_size=256,
+        batch_size=batch_size,
         shuffle=False,
         repeat=False,
         keep=keep,

@@ -18,7 +18,7 @@ parameters and their moments.
 
 from __future__ import annotations
 
-from experiments._bundled import VOCABULARY, augmentation, caption, normalize, train
+from experiments._bundled import VOCABULARY, answers, augmentation, caption, normalize, train
 from experiments._recipes import adamw
 from experiments._recipes import start as named
 from experiments.contrastive import clip
@@ -104,18 +104,13 @@ def small(first: bool) -> Config:
         lower=True,
     )
     frames = spec(Frames, frames=1, size=SIZE, tokens_per_frame=EACH, placeholder=VOCABULARY, field="image")
+    rows = dict(ask=spec(Ask, questions=QUESTIONS), conversation=conversation, frames=frames)
     config.data.train = train(
-        dict(
-            **augmentation(SIZE),
-            caption=caption(),
-            ask=spec(Ask, questions=QUESTIONS),
-            conversation=conversation,
-            frames=frames,
-            normalize=normalize(),
-        ),
+        dict(**augmentation(SIZE), caption=caption(), **rows, normalize=normalize()),
         keep=("image", "tokens", "weights"),
         batch_size=32,
     )
+    config.evaluators = dict(answers=answers(SIZE, rows))
     config.optimizer = adamw(3e-3, warmup="10%", weight_decay=0.0, clip_norm=1.0)
     return config
 

@@ -3,7 +3,8 @@
 python -m vlpjax.main --config=experiments/decoders/paligemma.py --workdir=runs/paligemma
 
 ``small`` needs nothing but this package: pictures of 25 of the bundled concepts, and their names.  It takes
-three minutes of one CPU core, and ends at a loss of 0.9.
+three minutes of one CPU core, and ends at a loss of 0.9, where names are known but hardly told apart: of an unseen
+vendor's 25 drawings 2 are named, and as many when the drawings are exchanged.
 ``paligemma.py:paper`` tunes PaliGemma 3B to captions of COCO.  It needs its published weights
 (``weights/paligemma-3b-pt-224``), the pictures that Karpathy's split trains on (``coco/*.array_record``: ``image``, and
 ``captions``, texts parted by "|") and some accelerators.
@@ -11,7 +12,7 @@ three minutes of one CPU core, and ends at a loss of 0.9.
 
 from __future__ import annotations
 
-from experiments._bundled import VOCABULARY, augmentation, normalize, train
+from experiments._bundled import VOCABULARY, answers, augmentation, normalize, train
 from experiments._recipes import adamw, start
 from vlpjax.config import Config, spec
 from vlpjax.data.pipeline import Pipeline
@@ -38,7 +39,8 @@ SYSTEM = dict(
     paper="PaliGemma: A versatile 3B VLM for transfer, arXiv 2407.07726",
     here="pictures and prompts in one block that sees all of itself; the loss is a mean over examples",
     published="3B at 224 px: 141.9 CIDEr on COCO captions",
-    measured="not measured yet",
+    measured="25 drawings of an unseen style, said in all words of their names after 200 steps, 1 seed: 8 %, and 8 % "
+    "with one another's drawings; chance 4 %",
 )
 SIZE, LENGTH, EACH = 32, 84, 64  # pixels, tokens of a row and visual tokens of a picture, in ``small``
 PAPER_SIZE, PAPER_LENGTH, PAPER_EACH = 224, 320, 256
@@ -77,17 +79,14 @@ def small(config: Config) -> None:
         decoder=decoder(vocabulary=VOCABULARY, width=128, depth=2, heads=4, head_dim=32, mlp_dim=352),
     )
     tokenizer = spec(SentencePieceTokenizer, path="bundled:emoji1594.spm.model")
+    asked = rows(tokenizer, LENGTH, EACH, VOCABULARY, SIZE, "what is this?", bos="", lower=True)
     config.data.train = train(
-        dict(
-            **augmentation(SIZE),
-            caption=spec(FixedCaption),
-            **rows(tokenizer, LENGTH, EACH, VOCABULARY, SIZE, "what is this?", bos="", lower=True),
-            normalize=normalize(),
-        ),
+        dict(**augmentation(SIZE), caption=spec(FixedCaption), **asked, normalize=normalize()),
         keep=("image", "tokens", "weights"),
         batch_size=32,
         concepts="few",
     )
+    config.evaluators = dict(answers=answers(SIZE, asked, concepts="few", batch_size=32))
 
 
 def paper(config: Config) -> None:
