@@ -39,7 +39,8 @@ SYSTEM = dict(
     paper="Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020",
     here="InfoNCE over a Vision Transformer and a causal text transformer",
     published="ViT-B/32 on LAION-400M: 62.9 % zero-shot ImageNet (open_clip)",
-    measured="not measured yet",
+    measured="drawings of an unseen style, 1,594 concepts, after 400 steps, 1 seed: recall@1 2.9 % image to text, "
+    "3.5 % text to image, chance 0.06 %; 8.7 % 1-NN",
 )
 SIZE, LENGTH = 32, 12
 
