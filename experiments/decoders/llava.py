@@ -41,7 +41,8 @@ SYSTEM = dict(
     here="conversations whose answers alone are asked for, pictures anywhere in them; a connector alone, then with the "
     "decoder",
     published="7B: 78.5 % VQAv2, 62.0 % GQA",
-    measured="not measured yet",
+    measured="1,594 drawings of an unseen style, tower from CLIP, 1 seed: 5.1 % of their names' words said, 2.4 % with "
+    "one another's drawings, chance 1.9 %; no whole name",
 )
 # What each stage trains, as rules of the learning rate.
 CONNECTOR = ((r"connector/.*", 1.0), (r".*", None))
