@@ -121,6 +121,9 @@ class Ask(grain_transforms.RandomMap):
 class Conversation(grain_transforms.Map):
     """Turns and their pictures -> ids int32 [length + 1], weights float32 [length + 1], and what pictures are shown.
 
+    Without padding there are as many ids and weights as the conversation has, at most ``length + 1``; so several fit in
+    a row (:class:`vlpjax.data.packed_documents.PackedDocuments`).
+
     Where a text has a picture's mark, the row has ``tokens_per_image`` placeholders; any number of pictures may stand
     anywhere, and a text without one is a row like any other.  Text between pictures and ends of turns is tokenized as a
     whole.  Weights are 1 for what the assistant says, the end of its turns included, and 0 for all else: for what the
@@ -141,6 +144,7 @@ class Conversation(grain_transforms.Map):
         ``roles`` translates roles to those of :data:`ROLES`, where they have other names.
       images_field: of the pictures, one or a list; none has no such field.
       out, weights_out: where ids and weights are put.
+      pad: whether rows are filled up to their length.
     """
 
     tokenizer: Any
@@ -157,6 +161,7 @@ class Conversation(grain_transforms.Map):
     images_field: str = "image"
     out: str = "tokens"
     weights_out: str = "weights"
+    pad: bool = True
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.tokens_per_image < 1:
@@ -168,7 +173,7 @@ class Conversation(grain_transforms.Map):
             raise UserError("Conversation.mark is empty; it is the text that stands for a picture.")
 
     def map(self, element: Example) -> Example:
-        images = _listed(element.get(self.images_field))
+        images = listed(element.get(self.images_field))
         ids, weights, ends = self.encode(self._turns(element))
         if len(ends) != len(images):
             raise BadExample(f"{self.mark!r} stands {len(ends)} times in a text with {len(images)} pictures")
@@ -176,9 +181,9 @@ class Conversation(grain_transforms.Map):
         shown = sum(end <= room for end in ends)
         if shown < len(ends):
             room = min(room, ends[shown] - self.tokens_per_image)
-        row = np.full(self.length + 1, self.tokenizer.pad_id, np.int32)
-        asked = np.zeros(self.length + 1, np.float32)
         kept = min(len(ids), room)
+        size = self.length + 1 if self.pad else kept
+        row, asked = np.full(size, self.tokenizer.pad_id, np.int32), np.zeros(size, np.float32)
         row[:kept], asked[:kept] = ids[:kept], weights[:kept]
         if not asked[1:].any():
             raise BadExample(f"nothing that the assistant says is in the first {room} of {len(ids)} ids")
@@ -240,8 +245,8 @@ class Conversation(grain_transforms.Map):
         return int(value)
 
 
-def _listed(images: Any) -> list[Any]:
-    """No picture, one, or several."""
+def listed(images: Any) -> list[Any]:
+    """What a field of pictures holds: none, one, or several."""
     if images is None:
         return []
     return [images] if isinstance(images, (bytes, Image.Image)) else list(images)
