@@ -87,6 +87,7 @@ def test_the_loss_is_the_mean_over_all_tokens_that_follow_one_of_their_document(
         "perplexity": np.exp(nats / count),
         "accuracy": right / count,
         "tokens": count,
+        "filled": np.mean(SEGMENTS > 0),
     }
     assert set(loss.metrics) == set(expected)
     for name, value in expected.items():
@@ -109,7 +110,7 @@ def test_every_mesh_has_the_same_loss_and_gradients(state: Any, found: Any, size
 
 def test_without_segments_every_token_but_the_first_counts(state: Any) -> None:
     loss, _ = grads_of(config_of(segment_field=""), state)
-    assert loss.metrics["tokens"] == ROWS * LENGTH
+    assert loss.metrics["tokens"] == ROWS * LENGTH and "filled" not in loss.metrics
 
 
 def test_a_token_counts_as_much_as_its_weight_says(state: Any, found: Any) -> None:

@@ -38,6 +38,9 @@ class NextToken(BatchCoupled):
     weights are first divided by their sum over the token's document, so that L is the mean over documents of their own
     means; a document of which nothing is asked for is none.
 
+    The metric ``tokens`` counts those that are asked for; ``filled``, where there are segments, is the share of all
+    tokens that is no padding.
+
     Attributes:
       decoder: name of the tower, a :class:`vlpjax.models.decoder.Decoder`.
       field: of the batch; token ids, int32 [B, T + 1].
@@ -78,10 +81,12 @@ class NextToken(BatchCoupled):
         ids = context.read(self.field)
         inputs, labels = ids[:, :-1], ids[:, 1:]
         packed: dict[str, Any] = {}
+        filled: dict[str, jax.Array] = {}
         weights = jnp.ones(labels.shape, jnp.float32)
         if self.segment_field:
             segments = self._per_token(context, self.segment_field)
             packed["segment_ids"] = segments[:, :-1]
+            filled = {"filled": jnp.mean(segments != 0, axis=1, dtype=jnp.float32)}
             weights = ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)).astype(jnp.float32)
         if self.weight_field:
             weights = weights * self._per_token(context, self.weight_field)[:, 1:].astype(jnp.float32)
@@ -112,6 +117,7 @@ class NextToken(BatchCoupled):
             "correct": jnp.sum(weights * each.correct, axis=1),
             "weight": jnp.sum(weights, axis=1),
             "tokens": counted,
+            **filled,
         }
 
     def _seen(self, context: Context) -> dict[str, Interval]:
@@ -164,6 +170,8 @@ class NextToken(BatchCoupled):
             "accuracy": mean["correct"],
             "tokens": jnp.sum(features["tokens"]),
         }
+        if "filled" in features:
+            metrics["filled"] = jnp.mean(features["filled"])
         return Loss(mean["nats"] + self.z_loss * mean["squares"], metrics)
 
 
