@@ -469,6 +469,7 @@ class BatchStream(Iterator[Arrays]):
         self.pipeline = pipeline
         self.step = start_step
         self.last_replaced: tuple[Replacement, ...] = ()
+        len(pipeline.source)  # opened here: what it finds out then travels to the worker processes
         self._stop = _last_step(pipeline, stop)
         self._reporter = _Reporter()
         rows = list(range(pipeline.batch_size)) if rows is None else [int(row) for row in rows]
