@@ -9,6 +9,9 @@ first stage may start from the image tower that ``experiments/contrastive/clip.p
 stage 1 shows how the stages follow one another rather than what it brings.  The second stage starts from
 ``runs/llava_stage1``, or from ``start=``.  The stages take 1.3 and 3.5 minutes of one CPU core.
 
+Every conversation has a row of its own, as published.  ``packed=64`` packs them instead, whole and beside one another,
+into batches of 64 rows; a conversation is then the same in every epoch, and its pictures are not augmented.
+
 ``llava.py:paper_stage1`` and ``llava.py:paper`` are LLaVA-1.5 with Vicuna-7B: 558,000 captions for the connector, then
 665,000 conversations.  They need these (``llava/pretrain/*.array_record`` and ``llava/finetune/*.array_record``:
 ``turns``, a list of maps with ``from`` and ``value``, and ``image``, a list of encoded pictures, of which there may be
@@ -24,6 +27,7 @@ from experiments._recipes import start as named
 from experiments.contrastive import clip
 from experiments.decoders import llama2_7b
 from vlpjax.config import Config, spec
+from vlpjax.data.packed_documents import PackedDocuments
 from vlpjax.data.pipeline import Pipeline
 from vlpjax.data.sources import ArrayRecords
 from vlpjax.data.tokenizers import SentencePieceTokenizer
@@ -49,6 +53,7 @@ CONNECTOR = ((r"connector/.*", 1.0), (r".*", None))
 CONNECTOR_AND_DECODER = ((r"image/.*", None), (r".*", 1.0))
 LAYERS = (-2,)  # of the image tower: what the last block adds is for CLIP's own loss
 SIZE, LENGTH, EACH = 32, 96, 64  # pixels, tokens of a row and visual tokens of a picture, in ``small``
+DOCUMENT = ("caption", "ask", "conversation")  # what makes a conversation of a record, where it has them
 QUESTIONS = ("<image> what is this?", "<image> name the picture.", "what does <image> show?")
 PAPER_SIZE, PAPER_LENGTH, PAPER_EACH, PLACEHOLDER = 336, 2048, 576, 32_000
 CLIP_PIXELS = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
@@ -59,7 +64,7 @@ SYSTEM_PROMPT = (
 )
 
 
-def get_config(size: str = "small", start: str = "") -> Config:
+def get_config(size: str = "small", start: str = "", packed: int = 0) -> Config:
     first = size.endswith("_stage1")
     config = small(first) if size.startswith("small") else paper(first)
     config.objectives = dict(
@@ -79,7 +84,37 @@ def get_config(size: str = "small", start: str = "") -> Config:
         config.start.run = start or f"runs/llava{'' if size == 'small' else '_paper'}_stage1"
     elif start:
         config.start = dict(run=start, rules=((r"image/.*", True), (r".*", False)))
+    if packed:
+        if size.startswith("small"):
+            pack(config, packed, 4 * LENGTH)
+        else:
+            pack(config, packed, PAPER_LENGTH, sizes=f"llava/{'pretrain' if first else 'finetune'}/sizes.npy")
     return config
+
+
+def pack(config: Config, rows: int, length: int, sizes: str = "") -> None:
+    """Several conversations to a row of so many tokens; batches of so many rows."""
+    data = config.data.train
+    steps = data.transforms
+    steps.conversation.pad = False
+    # As many pictures as there are tokens for, each with a word.
+    steps.frames.frames = (length + 1) // (steps.conversation.tokens_per_image + 1)
+    data.source = spec(
+        PackedDocuments,
+        source=data.source,
+        transforms={name: steps[name] for name in DOCUMENT if name in steps},
+        length=length,
+        images=steps.frames.frames,
+        sizes=sizes,
+    )
+    data.transforms = {name: steps[name] for name in ("frames", "normalize")}
+    data.keep = (*data.keep, "segment_ids")
+    data.batch_size = rows
+    config.objectives.next.loss.segment_field = "segment_ids"
+    if "example" in config.data:
+        example = config.data.example
+        example.image = f"float32[{steps.frames.frames},{PAPER_SIZE},{PAPER_SIZE},3]"
+        example.segment_ids = f"int32[{length + 1}]"
 
 
 def small(first: bool) -> Config:

@@ -14,8 +14,11 @@ import pytest
 from PIL import Image
 
 from tests.systems.training import Trained, train
-from tests.tiny import ROOT, assert_trees_close, experiment_of, model_config, on_host
+from tests.tiny import ROOT, Rows, assert_trees_close, experiment_of, model_config, on_host, rows_of
 from vlpjax.config import Config, build, load, spec
+from vlpjax.data.packed_documents import PackedDocuments
+from vlpjax.data.pipeline import Pipeline
+from vlpjax.data.sources import Filter
 from vlpjax.data.tokenizers import SentencePieceTokenizer
 from vlpjax.data.transforms import ChatTemplate, Conversation, Frames, Normalize
 from vlpjax.models.connectors import MlpConnector
@@ -64,26 +67,45 @@ def config_of(**fields: Any) -> Config:
     return config
 
 
-@functools.cache
-def conversations() -> dict[str, np.ndarray]:
-    """The rows as the data pipeline makes them."""
-    template = ChatTemplate(opening="a chat.", system="{} ", user="user: {} ", assistant="assistant: {}")
-    steps: tuple[Any, ...] = (
-        Conversation(PIECES, LENGTH, template, PLACEHOLDER, EACH),
-        Frames(ROOM, SIZE, EACH, PLACEHOLDER, field="image"),
-        Normalize(range="-1..1"),
-    )
-    rng, rows = np.random.default_rng(0), []
+def records() -> Rows:
+    """The turns with pictures that are drawn."""
+    rng, pictures = np.random.default_rng(0), []
     for turns in TURNS:
         shown = sum(words.count("<image>") for _, words in turns)
-        row: dict[str, Any] = {
-            "turns": [dict(role=role, content=words) for role, words in turns],
-            "image": [Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)) for _ in range(shown)],
-        }
-        for step in steps:
-            row = step.map(row)
-        rows.append(row)
-    return {name: np.stack([row[name] for row in rows]) for name in ("image", "tokens", "weights")}
+        pictures.append(
+            [Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)) for _ in range(shown)]
+        )
+    return rows_of(
+        turns=[[dict(role=role, content=words) for role, words in turns] for turns in TURNS], image=pictures
+    )
+
+
+def conversation(**fields: Any) -> Conversation:
+    template = ChatTemplate(opening="a chat.", system="{} ", user="user: {} ", assistant="assistant: {}")
+    return Conversation(PIECES, LENGTH, template, PLACEHOLDER, EACH, **fields)
+
+
+def batch_of(source: Any, transforms: Mapping[str, Any], room: int) -> dict[str, np.ndarray]:
+    """All rows of a source, in order, as the data pipeline makes them."""
+    frames = Frames(room, SIZE, EACH, PLACEHOLDER, field="image")
+    steps = {**transforms, "frames": frames, "normalize": Normalize(range="-1..1")}
+    batch = Pipeline(source, steps, batch_size=len(source), shuffle=False, repeat=False).batch(0)
+    return {name: batch[name] for name in batch if name not in ("index", "valid")}
+
+
+@functools.cache
+def conversations() -> dict[str, np.ndarray]:
+    """One to a row."""
+    return batch_of(records(), {"conversation": conversation()}, ROOM)
+
+
+@functools.cache
+def packed() -> tuple[list[int], dict[str, np.ndarray]]:
+    """All of them in one row: their order, and the row."""
+    steps = {"conversation": conversation(pad=False)}
+    packing = PackedDocuments(records(), steps, length=2 * LENGTH, images=ROOM + 1)
+    assert len(packing) == 1
+    return packing.documents(0), batch_of(packing, {}, ROOM + 1)
 
 
 @functools.cache
@@ -174,28 +196,62 @@ def test_the_order_of_a_pictures_tokens_changes_what_follows_it_only() -> None:
 
 def test_samples_that_share_a_row_do_not_see_one_another() -> None:
     """Each sample of a packed row has the logits that it has alone, also when its neighbour becomes another."""
-    tokens, images = conversations()["tokens"], conversations()["image"]
-    used = [int(np.flatnonzero(weights)[-1]) + 1 for weights in conversations()["weights"]]
-    first, second = tokens[1][: used[1]], tokens[2][: used[2]]
-    other = first.copy()
-    other[first != PLACEHOLDER] += 1
-    ids = np.stack([np.concatenate([one, second]) for one in (first, other)])
-    segments = np.broadcast_to(np.repeat([1, 2], [used[1], used[2]]), ids.shape)
-    pictures = np.concatenate([images[1:2, :1], images[2:3]], axis=1)  # in the order that they stand in
+    order, batch = packed()
+    ids, segments, images = batch["tokens"][:, :-1], batch["segment_ids"][:, :-1], batch["image"]
+    changed = segments[0] == order.index(1) + 1  # words and picture of the second conversation
+    other = np.where(changed & (ids != PLACEHOLDER), (ids + 1) % VOCABULARY, ids)
+    first = sum(words.count("<image>") for number in order[: order.index(1)] for _, words in TURNS[number])
+    pictures = images + (np.arange(ROOM + 1) == first)[:, None, None, None].astype(np.float32)
     variables, whole = {"params": state().params}, model()
 
     @jax.jit
     def logits(ids: jax.Array, images: jax.Array, segments: jax.Array | None = None) -> jax.Array:
         return whole.apply(variables, ids, images, segment_ids=segments)["logits"]
 
-    packed = logits(
-        ids, np.concatenate([pictures, pictures + 1 * (np.arange(3) == 0)[:, None, None, None]]), segments
+    both = logits(
+        np.concatenate([ids, other]), np.concatenate([images, pictures]), np.concatenate([segments] * 2)
     )
-    np.testing.assert_array_equal(packed[0, used[1] :], packed[1, used[1] :])
-    assert np.all(np.any(np.asarray(packed[0] != packed[1])[: used[1]], axis=-1))
-    alone = logits(tokens[1:, :-1], images[1:])
-    np.testing.assert_allclose(packed[0, : used[1]], alone[0, : used[1]], atol=1e-5)
-    np.testing.assert_allclose(packed[0, used[1] :], alone[1, : used[2]], atol=1e-5)
+    differ = np.any(np.asarray(both[0] != both[1]), axis=-1)
+    assert not differ[~changed].any() and differ[changed].all()
+    alone = logits(conversations()["tokens"][:, :-1], conversations()["image"])
+    for place, number in enumerate(order, 1):
+        found = both[0][segments[0] == place]
+        np.testing.assert_allclose(found, alone[number, : len(found)], atol=1e-5)
+
+
+def test_conversations_that_share_a_row_have_the_loss_and_gradients_of_rows_of_their_own() -> None:
+    def run(batch: Mapping[str, np.ndarray], **fields: Any) -> Any:
+        experiment = experiment_of(config_of(**fields), len(batch["tokens"]))
+
+        def losses(state: Any, batch: Any) -> Any:
+            losses, _, grads = gradients(experiment, state, batch)
+            return losses["next"], grads
+
+        return on_host(jax.jit(losses)(state(), batch))
+
+    order, batch = packed()
+    assert sorted(order) == [0, 1, 2] and batch["weights"].sum() == conversations()["weights"].sum()
+    (loss, grads), (want, want_grads) = (
+        run(batch, segment_field="segment_ids"),
+        run(conversations()),
+    )
+    np.testing.assert_allclose(loss.value, want.value, rtol=1e-5)
+    np.testing.assert_allclose(loss.metrics["filled"], np.mean(batch["segment_ids"] > 0), rtol=1e-6)
+    assert loss.metrics["tokens"] == want.metrics["tokens"]
+    assert_trees_close(grads, want_grads, rtol=1e-4, atol=1e-6)
+
+
+def test_the_experiment_packs_where_it_is_asked_to() -> None:
+    config = load(f"{ROOT}/experiments/decoders/llava.py:small,packed=4")
+    drawings = config.data.train.source.source
+    drawings.source = spec(Filter, source=drawings.source, field="label", values=(0, 66))
+    pipeline = build(config.data.train)
+    batch = pipeline.batch(0)
+    assert batch["image"].shape == (4, 5, 32, 32, 3) and batch["segment_ids"].max() > 1
+    assert (batch["weights"].sum(axis=1) > 0).all()
+    paper = load(f"{ROOT}/experiments/decoders/llava.py:paper,packed=64")
+    assert paper.data.train.batch_size == 64 and paper.data.example.image == "float32[3,336,336,3]"
+    assert paper.objectives.next.loss.segment_field == "segment_ids"
 
 
 @pytest.mark.parametrize(
