@@ -10,7 +10,8 @@ stage 1 shows how the stages follow one another rather than what it brings.  The
 ``runs/llava_stage1``, or from ``start=``.  The stages take 1.3 and 3.5 minutes of one CPU core.
 
 Every conversation has a row of its own, as published.  ``packed=64`` packs them instead, whole and beside one another,
-into batches of 64 rows; a conversation is then the same in every epoch, and its pictures are not augmented.
+into batches of 64 rows; a conversation is then the same in every epoch, and its pictures are not augmented.  How long
+conversations are is measured before the first step; ``paper`` keeps it, beside the data, for the runs that follow.
 
 ``llava.py:paper_stage1`` and ``llava.py:paper`` are LLaVA-1.5 with Vicuna-7B: 558,000 captions for the connector, then
 665,000 conversations.  They need these (``llava/pretrain/*.array_record`` and ``llava/finetune/*.array_record``:

@@ -229,9 +229,9 @@ class PackedDocuments(LazySource):
         sizes = self._measured()
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         part = f"{path}.{uuid.uuid4().hex}"  # whole or not at all, also when several processes measure
-        with open(part, "wb") as file:
-            np.save(file, np.asarray(key))
-            np.save(file, sizes)
+        with open(part, "wb") as written:
+            np.save(written, np.asarray(key))
+            np.save(written, sizes)
         os.replace(part, path)
         return sizes
 
