@@ -152,15 +152,17 @@ class SentencePieceTokenizer(Tokenizer):
         message = self._model.encode(text, out_type="serialized_proto")
         pieces = [protobuf.message(piece) for number, piece in protobuf.fields(message) if number == 2]
         ids = [int(piece.get(2, 0)) for piece in pieces]
-        data = text.encode("utf-8")
+        whole = [0]  # characters that are complete after so many bytes
+        for character in text:
+            whole += [whole[-1]] * (len(character.encode("utf-8")) - 1) + [whole[-1] + 1]
         places, end = [], 0
         for index, piece in reversed(list(zip(ids, pieces, strict=True))):
             first, last = int(piece.get(4, 0)), int(piece.get(5, 0))
             if first < last or not self._model.is_byte(index):
                 end = last
             # Of a character that is spelled in bytes, only the last byte is given its place.
-            places.append(tuple(len(data[:at].decode("utf-8", "ignore")) for at in (first, max(last, end))))
-        return ids, [(first, last) for first, last in reversed(places)]
+            places.append((whole[first], whole[max(last, end)]))
+        return ids, places[::-1]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``spiece.model``, a ``tokenizer.json`` of the same ids, and the names of the special tokens."""
