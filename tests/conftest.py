@@ -14,15 +14,12 @@ import hypothesis
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-from vlpjax.flags import order_simulated_devices
+from vlpjax.flags import simulate_devices
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
-DEVICES = "--xla_force_host_platform_device_count"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-if DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
-order_simulated_devices()
+simulate_devices(8)
 # Programs here run for a moment, if at all: what makes them fast would take most of the time.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"

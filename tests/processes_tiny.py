@@ -20,7 +20,7 @@ from vlpjax.config import spec
 from vlpjax.data.feed import feed
 from vlpjax.data.pipeline import Pipeline
 from vlpjax.errors import UserError
-from vlpjax.flags import order_simulated_devices
+from vlpjax.flags import simulate_devices
 from vlpjax.main import PROCESSES, parse
 from vlpjax.objectives.ntxent import NTXent
 from vlpjax.processes import join
@@ -73,7 +73,7 @@ def train(workdir: str, rows: Watched) -> list[float]:
 
 def main() -> None:
     flags, _ = parse(sys.argv[1:])
-    order_simulated_devices()
+    simulate_devices()
     try:
         join(*(flags.get(name, "") for name in PROCESSES))
     except UserError as error:

@@ -13,12 +13,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from vlpjax.data.packed_documents import PackedDocuments, first_fit
 from vlpjax.data.pipeline import Pipeline

@@ -13,7 +13,6 @@ not there.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,18 +20,13 @@ from pathlib import Path
 from typing import Any
 
 MOST = 8  # simulated devices
-if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):  # before JAX is imported
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={MOST}".strip()
-    )
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works from a checkout that is not installed
 
-from vlpjax.flags import order_simulated_devices  # noqa: E402
+from vlpjax.flags import simulate_devices  # noqa: E402
 from vlpjax.planning import topology  # noqa: E402
 
-order_simulated_devices()
+simulate_devices(MOST)  # before JAX is imported
 topology.ignore_absent_chips()
 
 import jax  # noqa: E402

@@ -23,9 +23,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from vlpjax.errors import UserError, tells_mistakes
-from vlpjax.flags import order_simulated_devices
+from vlpjax.flags import simulate_devices
 
-SEQUENCE = "replica,fsdp,ring,ulysses,tensor"
+AXES = "replica,fsdp,ring,ulysses,tensor"
 
 
 @tells_mistakes
@@ -37,15 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--set", action="append", default=[], metavar="PATH=VALUE", help="changes of the config"
     )
     parser.add_argument("--devices", type=int, default=8, help="simulated devices (default: 8)")
-    parser.add_argument("--axes", default=SEQUENCE, help=f"axes of the meshes (default: {SEQUENCE})")
+    parser.add_argument("--axes", default=AXES, help=f"axes of the meshes (default: {AXES})")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest difference (default: 1e-5)")
     given = parser.parse_args(arguments)
     if given.devices < 2:
         raise UserError(f"--devices={given.devices} leaves nothing to compare; it must be at least 2.")
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={given.devices}"
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # each program runs once
-    order_simulated_devices()
+    simulate_devices(given.devices)
     return _compare(given)
 
 

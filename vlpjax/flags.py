@@ -55,18 +55,23 @@ SIMULATED = (
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     "--xla_cpu_collective_call_terminate_timeout_seconds=200",
 )
-DEVICES = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
+DEVICES = "--xla_force_host_platform_device_count"
 THREADS = "PJRT_NPROC"  # threads of a CPU client
 THREADS_PER_DEVICE = 64
 
 
-def order_simulated_devices() -> None:
-    """Has the devices that XLA_FLAGS simulates wait for one another's collectives without running out of threads.
+def simulate_devices(count: int | None = None) -> None:
+    """Has XLA simulate CPU devices that wait for one another's collectives without running out of threads.
 
-    To be called before JAX makes its first device.  It does nothing without simulated devices, or where somebody chose.
+    To be called before JAX makes its first device.  What somebody chose stays.
+
+    Args:
+      count: of devices, unless XLA_FLAGS names one; None leaves it at that, and does nothing if it names none.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if simulated := DEVICES.search(flags):
+    if count is not None and DEVICES not in flags:
+        flags = f"{flags} {DEVICES}={count}".strip()
+    if simulated := re.search(rf"{DEVICES}=(\d+)", flags):
         own = [flag for flag in SIMULATED if flag.partition("=")[0] not in flags]
         os.environ["XLA_FLAGS"] = " ".join([flags, *own])
         os.environ.setdefault(THREADS, str(THREADS_PER_DEVICE * int(simulated[1])))

@@ -150,11 +150,11 @@ def _start(flags: dict[str, str]) -> None:
     """What must happen before JAX makes its first device: cache, log levels, other processes."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-    from vlpjax.flags import order_simulated_devices
+    from vlpjax.flags import simulate_devices
     from vlpjax.planning.topology import ignore_absent_chips
 
     ignore_absent_chips()
-    order_simulated_devices()
+    simulate_devices()
     import jax
     from absl import logging as absl_logging
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from tests.evaluators.given import Fingerprinted
 from tests.evaluators.test_pictures import pixels
+from tests.systems.test_llava import TURNS
 from tests.tiny import experiment_of, layout_of, model_config
 from vlpjax.config import build, spec
 from vlpjax.data.bad import BadExample
@@ -38,11 +39,6 @@ SIZE, EACH, WIDTH, LENGTH, ROOM, NEW, BATCH = 8, 4, 16, 32, 2, 4, 8
 PIECES = SentencePieceTokenizer("bundled:emoji1594.spm.model")
 PLACEHOLDER = PIECES.vocab_size
 ROWS = 11
-TURNS = (  # rows of none, one and two pictures
-    (("user", "a fruit?"), ("assistant", "red apple")),
-    (("user", "<image> what?"), ("assistant", "cat"), ("user", "sure?"), ("assistant", "yes")),
-    (("user", "from <image> to <image>"), ("assistant", "dog face")),
-)
 
 
 def towers() -> dict[str, Any]:

@@ -152,7 +152,8 @@ def test_the_loss_is_the_mean_of_the_means_of_one_to_seven_tokens_and_not_that_o
 def test_a_prompt_sees_all_of_itself_and_nothing_of_the_answer() -> None:
     row, tokens = 3, batch()["tokens"]  # a prompt of five, an answer of four
     start = EACH + PROMPTS[row]
-    run = jax.jit(lambda tokens: logits(state().params, tokens)[row])
+    params = state().params
+    run = jax.jit(lambda tokens: logits(params, tokens)[row])
 
     def changed(place: int) -> np.ndarray:
         other = tokens.copy()

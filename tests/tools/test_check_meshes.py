@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +47,7 @@ def test_the_largest_difference_is_found_where_it_is():
     assert (loss, gradient, parameter) == (pytest.approx(0.1), 1 / 8, "b/kernel")
 
 
-def test_meshes_of_an_experiment(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # which is put back
+def test_meshes_of_an_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "tried.py").write_text(EXPERIMENT)
     line = [f"--config={tmp_path}/tried.py", "--devices=2", "--axes=fsdp,tensor"]
     assert check_meshes.main(line) == 0
